@@ -1,0 +1,100 @@
+"""The words that every part of the model shares: enums, indexes, constants, actors and profiles.
+
+Names are those of the TDX module ABI (release 1.5.01).
+"""
+
+from __future__ import annotations
+
+from tdxmig_model.expr import Constant, enum, index, member, sort
+
+SOURCE = "source"
+DESTINATION = "destination"
+NETWORK = "network"
+
+HARDENED = "hardened"
+TDX_1_5_01 = "tdx-1.5.01"
+PROFILES = (HARDENED, TDX_1_5_01)
+
+MODULE = "TDX module 1.5.01"
+
+OP_STATE = enum(
+    "OpState",
+    "UNINITIALIZED",
+    "INITIALIZED",
+    "RUNNABLE",
+    "LIVE_EXPORT",
+    "PAUSED_EXPORT",
+    "POST_EXPORT",
+    "MEMORY_IMPORT",
+    "STATE_IMPORT",
+    "POST_IMPORT",
+    "LIVE_IMPORT",
+    "FAILED_IMPORT",
+)
+UNINITIALIZED = member(OP_STATE, "UNINITIALIZED")
+INITIALIZED = member(OP_STATE, "INITIALIZED")
+RUNNABLE = member(OP_STATE, "RUNNABLE")
+LIVE_EXPORT = member(OP_STATE, "LIVE_EXPORT")
+PAUSED_EXPORT = member(OP_STATE, "PAUSED_EXPORT")
+POST_EXPORT = member(OP_STATE, "POST_EXPORT")
+MEMORY_IMPORT = member(OP_STATE, "MEMORY_IMPORT")
+STATE_IMPORT = member(OP_STATE, "STATE_IMPORT")
+POST_IMPORT = member(OP_STATE, "POST_IMPORT")
+LIVE_IMPORT = member(OP_STATE, "LIVE_IMPORT")
+FAILED_IMPORT = member(OP_STATE, "FAILED_IMPORT")
+
+SEPT = enum(
+    "SeptState",
+    "FREE",
+    "REMOVED",
+    "NL_MAPPED",
+    "NL_BLOCKED",
+    "MAPPED",
+    "BLOCKED",
+    "BLOCKEDW",
+    "EXPORTED_BLOCKEDW",
+    "EXPORTED_DIRTY",
+    "EXPORTED_DIRTY_BLOCKEDW",
+    "PENDING",
+    "PENDING_BLOCKED",
+    "PENDING_BLOCKEDW",
+    "PENDING_EXPORTED_BLOCKEDW",
+    "PENDING_EXPORTED_DIRTY",
+    "PENDING_EXPORTED_DIRTY_BLOCKEDW",
+)
+FREE = member(SEPT, "FREE")
+REMOVED = member(SEPT, "REMOVED")
+MAPPED = member(SEPT, "MAPPED")
+BLOCKEDW = member(SEPT, "BLOCKEDW")
+EXPORTED_BLOCKEDW = member(SEPT, "EXPORTED_BLOCKEDW")
+EXPORTED_DIRTY = member(SEPT, "EXPORTED_DIRTY")
+EXPORTED_DIRTY_BLOCKEDW = member(SEPT, "EXPORTED_DIRTY_BLOCKEDW")
+PENDING = member(SEPT, "PENDING")
+PENDING_BLOCKEDW = member(SEPT, "PENDING_BLOCKEDW")
+PENDING_EXPORTED_BLOCKEDW = member(SEPT, "PENDING_EXPORTED_BLOCKEDW")
+PENDING_EXPORTED_DIRTY = member(SEPT, "PENDING_EXPORTED_DIRTY")
+PENDING_EXPORTED_DIRTY_BLOCKEDW = member(SEPT, "PENDING_EXPORTED_DIRTY_BLOCKEDW")
+
+# The migration bundle types (MB_TYPE); a start token is an epoch token of the start epoch.
+BUNDLE = enum(
+    "BundleType",
+    "IMMUTABLE_TD_STATE",
+    "MUTABLE_TD_STATE",
+    "MUTABLE_VCPU_STATE",
+    "MEM",
+    "EPOCH_TOKEN",
+)
+IMMUTABLE_TD_STATE = member(BUNDLE, "IMMUTABLE_TD_STATE")
+MUTABLE_TD_STATE = member(BUNDLE, "MUTABLE_TD_STATE")
+MUTABLE_VCPU_STATE = member(BUNDLE, "MUTABLE_VCPU_STATE")
+MEM = member(BUNDLE, "MEM")
+EPOCH_TOKEN = member(BUNDLE, "EPOCH_TOKEN")
+
+PAGE = index("Page")
+STREAM = index("Stream")
+MESSAGE = index("Message")
+EPOCH = index("Epoch")
+VCPU = sort("Vcpu")
+
+START_EPOCH = Constant("START_EPOCH", value=0xFFFFFFFF, small=3, least=2)
+"""MIG_EPOCH of a start token and of everything after it."""

@@ -1,0 +1,17 @@
+"""Verdicts on the model: what is proved, and what each guard is for."""
+
+from tdxmig_model.verify.judge import Report, Row, Verdict, reach, small_instance, verify
+from tdxmig_model.verify.mutants import Mutant, every, listed, mutants
+
+__all__ = [
+    "Mutant",
+    "Report",
+    "Row",
+    "Verdict",
+    "every",
+    "listed",
+    "mutants",
+    "reach",
+    "small_instance",
+    "verify",
+]
