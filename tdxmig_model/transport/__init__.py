@@ -1,0 +1,17 @@
+"""Who moves bytes between source and destination: inside one process, or over a socket."""
+
+from tdxmig_model.transport.base import DEFAULT_TIMEOUT, Transport
+from tdxmig_model.transport.memory import Faults, MemoryTransport, memory_pair
+from tdxmig_model.transport.socket import Address, Listener, SocketTransport, connect
+
+__all__ = [
+    "DEFAULT_TIMEOUT",
+    "Address",
+    "Faults",
+    "Listener",
+    "MemoryTransport",
+    "SocketTransport",
+    "Transport",
+    "connect",
+    "memory_pair",
+]

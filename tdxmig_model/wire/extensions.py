@@ -1,0 +1,291 @@
+"""Wire records that are ours: HELLO, the return path, and the abort of the source.
+
+QEMU's TDX framing has no session id, no negotiation, and no way to tell the other side that an
+import or an export failed.  These messages add that.  All numbers are big-endian::
+
+    return path    be16 type, be16 length, payload               (QEMU's return-path framing)
+    forward path   0x54, be16 type, be16 length, payload
+
+HELLO opens both directions; nothing else here is sent to a peer that did not send one.
+specs/extensions.md has the layout tables and says what a peer without them does.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Generator
+from dataclasses import dataclass
+from enum import IntEnum, IntFlag
+from typing import Final, TypeAlias, cast
+
+from tdxmig_model.wire.constants import ADDRESS_BITS, MAX_FORWARD_STREAMS, MBMD_SIZE
+from tdxmig_model.wire.fault import fault
+from tdxmig_model.wire.incremental import IncrementalParser, Needs
+from tdxmig_model.wire.mbmd import BundleType, Mbmd
+
+EXTENSION_MARK: Final = 0x54
+"""First byte of a forward-path message: no section byte, RAM record or TDX header begins so."""
+
+HELLO_VERSION: Final = 1
+SESSION_ID_SIZE: Final = 16
+DIGEST_SIZE: Final = 32
+MAX_REASON_SIZE: Final = 1024
+"""Bytes of UTF-8 in the reason of FAILED and SOURCE_ABORT."""
+
+MAX_PAGES: Final = 1 << (ADDRESS_BITS - 12)
+MAX_VCPUS: Final = 0xFFFF
+
+_FRAME: Final = struct.Struct(">HH")
+_HELLO: Final = struct.Struct(">HHIQII16s")
+
+
+class MessageType(IntEnum):
+    """Type field of a message; outside the range of QEMU's own return-path messages."""
+
+    HELLO = 0x5401
+    SESSION_STARTED = 0x5402
+    ABORT_TOKEN = 0x5403
+    COMMITTED = 0x5404
+    FAILED = 0x5405
+    SOURCE_ABORT = 0x5406
+
+
+class Capability(IntFlag):
+    """What a side can do.  Both sides use what both named; unknown bits are kept and ignored."""
+
+    BATCH = 1
+    """Memory bundles of more than one page."""
+    CANCEL = 2
+    """Memory records whose GPA list entries say CANCEL."""
+    RETURN_PATH = 4
+    """SESSION_STARTED, ABORT_TOKEN, COMMITTED and FAILED on the return path."""
+    SOURCE_ABORT = 8
+    """SOURCE_ABORT on the forward path."""
+    POST_COPY = 16
+    """Memory records after the start token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First message of both directions.
+
+    `session_id` is 16 bytes of the source's choice, returned by the destination; `page_count`
+    counts private 4 KiB pages of the TD, `streams` forward streams (1 to 511).
+    """
+
+    session_id: bytes
+    capabilities: Capability
+    page_count: int
+    vcpu_count: int
+    streams: int
+    version: int = HELLO_VERSION
+
+
+@dataclass(frozen=True, slots=True)
+class SessionStarted:
+    """The destination has imported the immutable state: its keys now belong to this session."""
+
+
+@dataclass(frozen=True, slots=True)
+class AbortToken:
+    """The abort token of TDH.IMPORT.ABORT; the TDX module of the source checks it."""
+
+    mbmd: Mbmd
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """The destination has committed.  `digest` is empty or 32 bytes (SHA-256 of its memory)."""
+
+    digest: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The destination failed before it committed; `reason` is for people."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class SourceAbort:
+    """The source ended the migration session; `reason` is for people."""
+
+    reason: str
+
+
+Message: TypeAlias = Hello | SessionStarted | AbortToken | Committed | Failed | SourceAbort
+ForwardMessage: TypeAlias = Hello | SourceAbort
+ReturnMessage: TypeAlias = Hello | SessionStarted | AbortToken | Committed | Failed
+
+FORWARD_TYPES: Final = frozenset({MessageType.HELLO, MessageType.SOURCE_ABORT})
+RETURN_TYPES: Final = frozenset(MessageType) - {MessageType.SOURCE_ABORT}
+
+_LENGTHS: Final = {
+    MessageType.HELLO: (_HELLO.size, _HELLO.size),
+    MessageType.SESSION_STARTED: (0, 0),
+    MessageType.ABORT_TOKEN: (MBMD_SIZE, MBMD_SIZE),
+    MessageType.COMMITTED: (0, DIGEST_SIZE),
+    MessageType.FAILED: (0, MAX_REASON_SIZE),
+    MessageType.SOURCE_ABORT: (0, MAX_REASON_SIZE),
+}
+
+
+def printable_reason(text: str) -> str:
+    """`text` as a reason may be: one line, printable, at most 1024 bytes of UTF-8.
+
+    White space becomes single spaces, other characters that do not print become "?", and what is
+    too long is cut.  A reason from a peer ends up on a terminal.
+    """
+    line = " ".join(text.split())
+    line = "".join(character if character.isprintable() else "?" for character in line)
+    return line.encode()[:MAX_REASON_SIZE].decode(errors="ignore")
+
+
+def encode_forward(message: ForwardMessage) -> bytes:
+    """A message for the forward path.  Raises WireError when it does not belong there."""
+    return bytes((EXTENSION_MARK,)) + _encode(message, FORWARD_TYPES)
+
+
+def encode_return(message: ReturnMessage) -> bytes:
+    """A message for the return path.  Raises WireError when it does not belong there."""
+    return _encode(message, RETURN_TYPES)
+
+
+class ReturnPathParser(IncrementalParser[ReturnMessage]):
+    """Decodes the return path, from the destination to the source."""
+
+    def _parse(self) -> Generator[int | ReturnMessage, memoryview, None]:
+        while True:
+            frame = yield _FRAME.size
+            message = yield from _parse_payload(frame, self.offset, RETURN_TYPES)
+            yield cast(ReturnMessage, message)
+
+
+def parse_forward(offset: int, *types: MessageType) -> Needs[ForwardMessage]:
+    """Decode one forward-path message of `types`, of which the mark at `offset` has been read."""
+    allowed = FORWARD_TYPES.intersection(types or FORWARD_TYPES)
+    frame = yield _FRAME.size
+    return cast(ForwardMessage, (yield from _parse_payload(frame, offset + 1, allowed)))
+
+
+def _parse_payload(
+    frame: memoryview, offset: int, allowed: frozenset[MessageType]
+) -> Needs[Message]:
+    """Decode the message whose type and length, at `offset`, are `frame`."""
+    number, length = _FRAME.unpack(frame)
+    if number not in allowed:
+        known = ", ".join(f"{member:#06x} {member.name}" for member in sorted(allowed))
+        raise fault("message", offset, "type", hex(number), f"one of {known}")
+    message_type = MessageType(number)
+    least, most = _LENGTHS[message_type]
+    if not least <= length <= most:
+        raise fault(message_type.name, offset + 2, "length", length, f"{least} to {most}")
+    payload = bytes((yield length)) if length else b""
+    return _decode(message_type, payload, offset + _FRAME.size)
+
+
+def _encode(message: Message, allowed: frozenset[MessageType]) -> bytes:
+    message_type, payload = _payload(message)
+    if message_type not in allowed:
+        bound = " or ".join(member.name for member in sorted(allowed))
+        raise fault("message on the wrong path", 0, "type", message_type.name, bound)
+    return _FRAME.pack(message_type, len(payload)) + payload
+
+
+def _payload(message: Message) -> tuple[MessageType, bytes]:
+    match message:
+        case Hello():
+            return MessageType.HELLO, _hello_payload(message)
+        case SessionStarted():
+            return MessageType.SESSION_STARTED, b""
+        case AbortToken(mbmd):
+            payload = mbmd.pack()
+            _decode(MessageType.ABORT_TOKEN, payload, 0)
+            return MessageType.ABORT_TOKEN, payload
+        case Committed(digest):
+            _check_digest(digest, 0)
+            return MessageType.COMMITTED, bytes(digest)
+        case Failed(reason):
+            return MessageType.FAILED, printable_reason(reason).encode()
+        case SourceAbort(reason):
+            return MessageType.SOURCE_ABORT, printable_reason(reason).encode()
+    raise fault("message", 0, "type", type(message).__name__, "a message of this module")
+
+
+def _hello_payload(hello: Hello) -> bytes:
+    _check_hello(hello, 0)
+    capabilities = int(hello.capabilities)
+    if not 0 <= capabilities <= 0xFFFFFFFF:
+        raise fault("HELLO", 4, "capabilities", capabilities, "u32")
+    return _HELLO.pack(
+        hello.version,
+        hello.streams,
+        capabilities,
+        hello.page_count,
+        hello.vcpu_count,
+        0,
+        hello.session_id,
+    )
+
+
+def _check_hello(hello: Hello, at: int) -> None:
+    if hello.version != HELLO_VERSION:
+        raise fault("HELLO", at, "version", hello.version, str(HELLO_VERSION))
+    for field, offset, least, most in (
+        ("streams", 2, 1, MAX_FORWARD_STREAMS),
+        ("page_count", 8, 0, MAX_PAGES),
+        ("vcpu_count", 16, 1, MAX_VCPUS),
+    ):
+        value: int = getattr(hello, field)
+        if not least <= value <= most:
+            raise fault("HELLO", at + offset, field, value, f"{least} to {most}")
+    if len(hello.session_id) != SESSION_ID_SIZE:
+        length = len(hello.session_id)
+        raise fault("HELLO", at + 24, "session_id", f"{length} bytes", f"{SESSION_ID_SIZE} bytes")
+
+
+def _check_digest(digest: bytes, at: int) -> None:
+    if len(digest) not in (0, DIGEST_SIZE):
+        length = f"{len(digest)} bytes"
+        raise fault("COMMITTED", at, "digest", length, f"0 or {DIGEST_SIZE} bytes")
+
+
+def _decode(message_type: MessageType, payload: bytes, at: int) -> Message:
+    match message_type:
+        case MessageType.HELLO:
+            return _decode_hello(payload, at)
+        case MessageType.SESSION_STARTED:
+            return SessionStarted()
+        case MessageType.ABORT_TOKEN:
+            mbmd = Mbmd.unpack(payload, stream_offset=at)
+            if mbmd.bundle_type is not BundleType.ABORT_TOKEN:
+                name = mbmd.bundle_type.name
+                raise fault("ABORT_TOKEN", at + 6, "bundle_type", name, "ABORT_TOKEN")
+            return AbortToken(mbmd)
+        case MessageType.COMMITTED:
+            _check_digest(payload, at)
+            return Committed(payload)
+        case MessageType.FAILED:
+            return Failed(_decode_reason("FAILED", payload, at))
+        case MessageType.SOURCE_ABORT:
+            return SourceAbort(_decode_reason("SOURCE_ABORT", payload, at))
+
+
+def _decode_hello(payload: bytes, at: int) -> Hello:
+    version, streams, bits, pages, vcpus, reserved, session_id = _HELLO.unpack(payload)
+    if reserved:
+        raise fault("HELLO", at + 20, "reserved", reserved, "0")
+    hello = Hello(session_id, Capability(bits), pages, vcpus, streams, version)
+    _check_hello(hello, at)
+    return hello
+
+
+def _decode_reason(name: str, payload: bytes, at: int) -> str:
+    try:
+        reason = payload.decode()
+    except UnicodeDecodeError as error:
+        raise fault(name, at + error.start, "reason", payload[:16].hex(), "UTF-8") from None
+    if reason != printable_reason(reason):
+        raise fault(name, at, "reason", ascii(reason)[:80], "one line of printable text")
+    return reason
