@@ -1,0 +1,1 @@
+"""Who executes commands: the software TDX module, and KVM migration stream devices."""

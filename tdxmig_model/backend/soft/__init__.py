@@ -1,0 +1,1 @@
+"""The software TDX module: migration leaves over guest memory, with real cryptography."""
