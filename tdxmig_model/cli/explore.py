@@ -1,0 +1,138 @@
+"""``tdxmig explore``: every state of a model at one size."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from tdxmig_model.cli import instance, output
+from tdxmig_model.expr import System, show
+
+if TYPE_CHECKING:
+    from tdxmig_model.explore import Exploration, TraceStep
+
+STATES = 2_000_000
+
+
+@click.command(name="explore", epilog="Example: tdxmig explore lifecycle --vcpus 2 --messages 8")
+@click.argument("model", type=click.Choice(instance.MODELS), default="lifecycle")
+@instance.options
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    default=STATES,
+    show_default=True,
+    help="End the search at so many states.",
+)
+@click.option("--depth", type=click.IntRange(min=0), help="End the search after so many steps.")
+@output.json_option
+@click.pass_context
+def command(
+    ctx: click.Context,
+    /,
+    model: str,
+    limit: int,
+    depth: int | None,
+    as_json: bool,
+    **sizes: Any,
+) -> None:
+    """Visit every reachable state of MODEL (lifecycle or leaf) at the given sizes.
+
+    Says how many states and transitions there are, which properties are violated, by a shortest
+    trace, and which goals are reached.  Steps that would leave the sizes or the ceilings are not
+    taken and counted as clipped: the answer is about these sizes only.  Exits 1 if a property is
+    violated.
+    """
+    from tdxmig_model.explore import explore
+
+    chosen = instance.choose(model, **sizes)
+    found = explore(
+        chosen.system,
+        chosen.instance,
+        goals=chosen.system.goals,
+        invariants={p.identifier: p.formula for p in chosen.system.properties},
+        limit=limit,
+        depth=depth,
+        ceiling=chosen.ceilings,
+    )
+    if as_json:
+        output.emit_json(_as_json(chosen, found))
+    else:
+        _print(chosen, found)
+    ctx.exit(1 if found.violations else 0)
+
+
+def _verdict(found: Exploration) -> str:
+    if found.violations:
+        return "violated"
+    return "bounded" if found.truncated else "exhausted"
+
+
+def _as_json(chosen: instance.Chosen, found: Exploration) -> dict[str, object]:
+    def told(traces: Any, key: str) -> list[dict[str, object]]:
+        return [
+            {key: name, "trace": [_step(chosen.system, s) for s in traces[name]]}
+            for name in sorted(traces)
+        ]
+
+    return {
+        "ok": not found.violations,
+        "verdict": _verdict(found),
+        "model": chosen.system.name,
+        "profile": chosen.profile,
+        "sizes": chosen.sizes(),
+        "ceilings": dict(sorted(chosen.ceilings.items())),
+        "states": found.states,
+        "transitions": found.transitions,
+        "depth": found.depth,
+        "digest": found.digest,
+        "states_per_s": found.states_per_s,
+        "violations": told(found.violations, "property"),
+        "reached": told(found.reached, "goal"),
+        "not_reached": [
+            g.identifier for g in chosen.system.goals if g.identifier not in found.reached
+        ],
+        "dead_steps": list(found.dead_steps),
+        "deadlocks": found.deadlocks,
+        "clipped": found.clipped,
+        "truncated": found.truncated,
+    }
+
+
+def _step(system: System, taken: TraceStep) -> dict[str, object]:
+    kinds = {p.name: p.kind for p in system.step(taken.step).params}
+    return {
+        "step": taken.step,
+        "params": {name: show(kinds[name], value) for name, value in taken.params.items()},
+    }
+
+
+def _print(chosen: instance.Chosen, found: Exploration) -> None:
+    sizes = ", ".join(f"{name} {size}" for name, size in chosen.sizes().items())
+    click.echo(f"{chosen.system.name} model, profile {chosen.profile}: {sizes}")
+    click.echo(
+        f"{_verdict(found)}: {found.states} states, {found.transitions} transitions, "
+        f"depth {found.depth}, {found.states_per_s} states/s"
+    )
+    click.echo(f"digest {found.digest}")
+    click.echo(f"clipped by sizes and ceilings: {found.clipped}; without a step: {found.deadlocks}")
+    for name in sorted(found.violations):
+        click.echo(f"\nviolated {name}: {chosen.system.property(name).sentence}")
+        for number, taken in enumerate(found.violations[name], 1):
+            click.echo(f"  {number:3} {_line(chosen.system, taken)}")
+    reached = [g for g in chosen.system.goals if g.identifier in found.reached]
+    for goal in reached:
+        steps = len(found.reached[goal.identifier])
+        click.echo(f"reachable {goal.identifier} in {steps} steps: {goal.sentence}")
+    for goal in chosen.system.goals:
+        if goal not in reached:
+            click.echo(f"not reached at these sizes: {goal.identifier}")
+    if found.dead_steps:
+        click.echo("steps never taken at these sizes: " + ", ".join(found.dead_steps))
+
+
+def _line(system: System, taken: TraceStep) -> str:
+    params = _step(system, taken)["params"]
+    assert isinstance(params, dict)
+    return f"{taken.step}({', '.join(f'{k}={v}' for k, v in params.items())})"

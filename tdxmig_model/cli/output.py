@@ -1,0 +1,68 @@
+"""What every command prints: one JSON object on stdout, or text there and progress on stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+Decorated = TypeVar("Decorated", bound=Callable[..., Any])
+
+
+@dataclass(slots=True)
+class _Stdout:
+    """Whether stdout belongs to one JSON object, and whether that object is out."""
+
+    json_wanted: bool = False
+    json_printed: bool = False
+
+
+_stdout = _Stdout()
+
+
+def begin(*, json_wanted: bool) -> None:
+    """Start a new command line: nothing is printed yet."""
+    _stdout.json_wanted = json_wanted
+    _stdout.json_printed = False
+
+
+def json_option(function: Decorated) -> Decorated:
+    """Give a command ``--json``, which it receives as the flag ``as_json``."""
+    return click.option(
+        "--json",
+        "as_json",
+        is_flag=True,
+        help="Print one JSON object on stdout and nothing else there.",
+    )(function)
+
+
+def emit_json(value: Mapping[str, object]) -> None:
+    """Print ``value`` as the one object on stdout; a second call is a bug.
+
+    Anything but JSON types in it is an error of the command: nothing is turned into a string.
+    """
+    if _stdout.json_printed:
+        raise RuntimeError("a command prints exactly one JSON object, this is the second")
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    _stdout.json_printed = True
+    click.echo(text)
+
+
+def emit_failure(kind: str, line: str) -> None:
+    """The object that stands for a command that failed before it printed its own."""
+    if _stdout.json_wanted and not _stdout.json_printed:
+        emit_json({"ok": False, "error": line, "kind": kind})
+
+
+def progress_console() -> Console:
+    """A console on stderr that shows something only where stderr is a terminal."""
+    from rich.console import Console
+
+    return Console(stderr=True, quiet=not sys.stderr.isatty())

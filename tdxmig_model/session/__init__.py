@@ -1,0 +1,31 @@
+"""One side of a migration: lifecycle, enforcer, engine, backend and transport joined; it waits."""
+
+from tdxmig_model.session.common import (
+    RUNNABLE_STATES,
+    Activity,
+    Ending,
+    Hooks,
+    Progress,
+    SessionOptions,
+    Side,
+    SideOutcome,
+    Stopped,
+)
+from tdxmig_model.session.destination import DestinationSession
+from tdxmig_model.session.local import migrate_in_process
+from tdxmig_model.session.source import SourceSession
+
+__all__ = [
+    "RUNNABLE_STATES",
+    "Activity",
+    "DestinationSession",
+    "Ending",
+    "Hooks",
+    "Progress",
+    "SessionOptions",
+    "Side",
+    "SideOutcome",
+    "SourceSession",
+    "Stopped",
+    "migrate_in_process",
+]

@@ -1,0 +1,216 @@
+"""The destination of a migration session: import in order, end, or give up with a token."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from time import monotonic
+from typing import ClassVar, Final
+
+from tdxmig_model.engine import DestinationEngine
+from tdxmig_model.engine.commands import Backend, Send
+from tdxmig_model.errors import PeerError, PeerLost, TdxmigError, UsageError
+from tdxmig_model.session.common import (
+    RECEIVE_SIZE,
+    Activity,
+    Ending,
+    Hooks,
+    PeerGaveUp,
+    SessionOptions,
+    Side,
+    Steps,
+)
+from tdxmig_model.trace import TraceWriter
+from tdxmig_model.transport.base import Readable, Transport
+from tdxmig_model.wire.extensions import (
+    AbortToken,
+    Committed,
+    Failed,
+    Hello,
+    SessionStarted,
+    SourceAbort,
+    encode_return,
+)
+from tdxmig_model.wire.mbmd import Mbmd
+from tdxmig_model.wire.records import Bundle, EndSection, Footer, MemoryRecord, Record, RecordParser
+
+# Lifecycle event -> what the lifecycle model calls the record that it takes.
+_KINDS: Final = {
+    "import_immutable": "IMMUTABLE",
+    "import_epoch": "EPOCH",
+    "import_memory": "MEMORY",
+    "import_td_state": "TD_STATE",
+    "import_vcpu_state": "VCPU_STATE",
+    "import_start_token": "START_TOKEN",
+}
+_PHASES: Final = {
+    "import_td_state": "state",
+    "import_vcpu_state": "state",
+    "import_start_token": "commit",
+}
+_RETURN_MESSAGES: Final = (AbortToken, Committed, Failed, Hello, SessionStarted)
+
+LINGER_SECONDS: Final = 3.0
+"""How long a destination stays reachable at its end, so that the source can read how it ended."""
+
+
+class DestinationSession(Side):
+    """Imports a TD from whoever is at the other end of `transport` into the one behind `backend`.
+
+    `pages` and `vcpus` are what the prepared TD can hold; the source says in HELLO what it needs.
+    """
+
+    side: ClassVar[str] = "destination"
+
+    def __init__(
+        self,
+        backend: Backend,
+        transport: Transport,
+        trace: TraceWriter,
+        *,
+        pages: int,
+        vcpus: int,
+        streams: int = 1,
+        options: SessionOptions | None = None,
+        hooks: Hooks | None = None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        super().__init__(
+            backend,
+            transport,
+            trace,
+            pages=pages,
+            vcpus=vcpus,
+            streams=streams,
+            options=options,
+            hooks=hooks,
+            clock=clock,
+        )
+        self.engine = DestinationEngine(pages=pages, vcpus=vcpus, streams=streams)
+        self._forward_path = RecordParser()
+        self._records: deque[Record] = deque()
+
+    @property
+    def _engine(self) -> object:
+        return self.engine
+
+    # --- the good run ----------------------------------------------------------------------------
+
+    def _migrate(self) -> Steps[None]:
+        yield from self._await_hello()
+        while not self.runnable:
+            self._import((yield from self._receive()))
+            yield Activity.MOVED
+        self.outcome.runnable_at = self.clock()
+        self.outcome.ending = Ending.MIGRATED
+        self.outcome.sentence = "The destination has the TD and may run it."
+
+    def _await_hello(self) -> Steps[None]:
+        record = yield from self._receive()
+        if not isinstance(record, Hello):
+            raise PeerError(f"{self.transport.peer} began with {_name(record)} instead of HELLO")
+        if record.session_id.hex() != self.trace.session:
+            raise PeerError(f"{self.transport.peer} is of another migration session")
+        self.engine.accept(record)
+        self._fire("setup")
+
+    def _import(self, record: Record) -> None:
+        """One record is one lifecycle event; the start token is followed by the end."""
+        event = self.engine.accept(record)
+        if event == "abort":
+            raise PeerGaveUp(f"the source gave up: {self.engine.source_abort}")
+        if event is None or isinstance(record, Hello | SourceAbort | EndSection | Footer):
+            return
+        bundle = record if isinstance(record, Bundle) else record.bundle
+        mbmd = bundle.mbmd
+        params: dict[str, int] = {}
+        if event == "import_vcpu_state":
+            if mbmd.vp_index >= self.vcpus:
+                raise PeerError(f"the source sent vCPU {mbmd.vp_index}, this TD has {self.vcpus}")
+            params["vcpu"] = mbmd.vp_index
+        self.machine.deliver(_KINDS[event], mbmd.mig_epoch)
+        whole = isinstance(record, MemoryRecord)  # its offset is compared with its GPAs
+        self._fire(event, {"record": record} if whole else {"bundle": bundle}, **params)
+        self._account(event, mbmd)
+        if event == "import_start_token":
+            self._fire("end")
+
+    def _account(self, event: str, mbmd: Mbmd) -> None:
+        self.outcome.bundles += 1
+        if event == "import_epoch":
+            self.outcome.epochs = mbmd.mig_epoch
+        if event == "import_memory":
+            self.outcome.pages_moved += mbmd.num_gpas
+        self._progress(_PHASES.get(event, "pre-copy"), epoch=self.outcome.epochs)
+
+    # --- both paths ------------------------------------------------------------------------------
+
+    def _receive(self) -> Steps[Record]:
+        """The next record.  PeerLost after `peer_timeout` seconds without a byte."""
+        end = self.clock() + self.options.peer_timeout
+        arrived = self.transport.bytes_received
+        while not self._records:
+            self._check_stop(None)
+            if self.transport.poll(0.0):
+                self._records.extend(self._forward_path.records(self._next_bytes()))
+            elif self.clock() >= end:
+                raise PeerLost(
+                    f"{self.transport.peer} sent nothing for {self.options.peer_timeout:g} s"
+                )
+            else:
+                yield Activity.WAITING
+            if self.transport.bytes_received != arrived:
+                arrived = self.transport.bytes_received
+                end = self.clock() + self.options.peer_timeout
+        return self._records.popleft()
+
+    def _next_bytes(self) -> bytes:
+        try:
+            return self.transport.recv(RECEIVE_SIZE)
+        except PeerLost as error:
+            if self._forward_path.at_boundary:
+                raise
+            at = self._forward_path.offset
+            raise PeerLost(f"{error}; the stream ends inside the record at byte {at}") from error
+
+    def _encode(self, send: Send) -> Sequence[Readable]:
+        if not isinstance(send.record, _RETURN_MESSAGES):
+            raise UsageError(f"the destination sends no {type(send.record).__name__}")
+        return [encode_return(send.record)]
+
+    # --- giving up -------------------------------------------------------------------------------
+
+    def _give_up(self, cause: TdxmigError) -> Steps[None]:
+        yield from ()
+        if self.runnable:
+            self.outcome.runnable_at = self.clock()
+            self.outcome.ending = Ending.MIGRATED
+            self.outcome.sentence = (
+                "The destination has the TD and may run it, although the source could not be told."
+            )
+            return
+        if "abort" in self.machine.legal():
+            self.outcome.abort_token = self._fire("abort", {"reason": str(cause)})
+        self.outcome.sentence = (
+            "The migration ended before the destination had imported anything; it cannot run it."
+            if self.outcome.abort_token is None
+            else "The destination gave the import up for ever and made the abort token that lets "
+            "the source go on."
+        )
+
+    def _linger(self) -> Steps[None]:
+        """Closing with unread bytes would destroy what the source has not read yet."""
+        if self.engine.peer is None or self._peer_lost:
+            return  # nothing was said, or nobody is there to read it
+        end = self.clock() + LINGER_SECONDS
+        try:
+            while self.clock() < end:
+                if self.transport.poll(0.0):
+                    self.transport.recv(RECEIVE_SIZE)
+                yield Activity.WAITING
+        except PeerLost:
+            return
+
+
+def _name(record: Record) -> str:
+    return type(record).__name__

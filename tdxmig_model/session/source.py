@@ -1,0 +1,334 @@
+"""The source of a migration session: live pre-copy, pause, state, start token, every way back."""
+
+from __future__ import annotations
+
+import secrets
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from time import monotonic
+from typing import ClassVar, Final
+
+from tdxmig_model.engine import Decision, ExportOutcome, PreCopy, PreCopyLimits, SourceEngine, drive
+from tdxmig_model.engine.commands import Backend, Command, Gpas, Result, Send
+from tdxmig_model.errors import BackendError, PeerError, PeerLost, TdxmigError, UsageError
+from tdxmig_model.session.common import (
+    RECEIVE_SIZE,
+    Activity,
+    Ending,
+    Hooks,
+    PeerGaveUp,
+    SessionOptions,
+    Side,
+    Steps,
+)
+from tdxmig_model.trace import TraceWriter
+from tdxmig_model.transport.base import Readable, Transport
+from tdxmig_model.wire.constants import MAX_ENTRIES, PAGE_SIZE
+from tdxmig_model.wire.extensions import (
+    AbortToken,
+    Capability,
+    Committed,
+    Failed,
+    ReturnMessage,
+    ReturnPathParser,
+    SessionStarted,
+    SourceAbort,
+)
+from tdxmig_model.wire.records import encode
+
+_RETURN_ONLY: Final = (AbortToken, Committed, Failed, SessionStarted)
+
+
+class SourceSession(Side):
+    """Migrates the TD behind `backend` to whoever is at the other end of `transport`.
+
+    `gpas` are its private pages.  `session_id` is 16 bytes, drawn if not given.
+    """
+
+    side: ClassVar[str] = "source"
+
+    def __init__(
+        self,
+        backend: Backend,
+        transport: Transport,
+        trace: TraceWriter,
+        *,
+        gpas: Gpas,
+        vcpus: int,
+        streams: int = 1,
+        session_id: bytes | None = None,
+        options: SessionOptions | None = None,
+        hooks: Hooks | None = None,
+        clock: Callable[[], float] = monotonic,
+    ) -> None:
+        super().__init__(
+            backend,
+            transport,
+            trace,
+            pages=len(gpas),
+            vcpus=vcpus,
+            streams=streams,
+            options=options,
+            hooks=hooks,
+            clock=clock,
+        )
+        self.session_id = secrets.token_bytes(16) if session_id is None else session_id
+        self.engine = SourceEngine(self.session_id, pages=len(gpas), vcpus=vcpus, streams=streams)
+        self.precopy = PreCopy(
+            gpas,
+            PreCopyLimits(
+                batch=self.options.batch,
+                epochs=self.options.max_epochs,
+                remaining=self.options.converged_pages,
+            ),
+        )
+        self._return_path = ReturnPathParser()
+        self._messages: deque[ReturnMessage] = deque()
+
+    @property
+    def _engine(self) -> object:
+        return self.engine
+
+    # --- the good run ----------------------------------------------------------------------------
+
+    def _migrate(self) -> Steps[None]:
+        self._fire("setup")
+        yield from self._await_hello()
+        self._fire("export_immutable")
+        yield Activity.MOVED
+        yield from self._await_confirmation()
+        yield from self._export_live()
+        self._enter("pause")
+        pausing = self.clock()
+        self._fire("pause")
+        self.outcome.paused_at = pausing
+        yield from self._export_rest()
+        self._enter("state")
+        self._fire("export_td_state")
+        for vcpu in range(self.vcpus):
+            self._fire("export_vcpu_state", {"vcpu": vcpu}, vcpu=vcpu)
+            yield Activity.MOVED
+        self._check_peer()
+        self._fire("finish_epochs")
+        self.hooks.exported()
+        self._enter("commit")
+        yield from self._await_commit()
+
+    def _await_hello(self) -> Steps[None]:
+        """Without a return path the destination could never give the TD back."""
+        while self.engine.peer is None:
+            self._take((yield from self._receive("HELLO")))
+        if Capability.RETURN_PATH not in self.engine.agreed:
+            raise PeerError(f"{self.transport.peer} has no return path, so it could not give up")
+        batch = min(self.options.batch, self.engine.max_batch)
+        self.precopy.limits = replace(self.precopy.limits, batch=batch)
+
+    def _export_live(self) -> Steps[None]:
+        """Epochs while the guest runs, until few enough pages are left."""
+        while True:
+            yield from self._export_epoch("pre-copy", live=True)
+            decision = self.precopy.decide()
+            if decision is not Decision.NEXT_EPOCH:
+                self.trace.note(f"pre-copy ends: {decision}", left=self.precopy.later)
+                return
+
+    def _export_rest(self) -> Steps[None]:
+        """The last epoch, paused: an epoch of its own even if nothing is left to send."""
+        yield from self._export_epoch("last epoch", live=False)
+        while not self.precopy.done:
+            if self.precopy.stalled:
+                raise BackendError(
+                    "export_mem", 0, "NO_PROGRESS", f"{self.precopy.later} pages refuse export"
+                )
+            yield from self._export_epoch("last epoch", live=False)
+
+    def _export_epoch(self, phase: str, *, live: bool) -> Steps[None]:
+        self.precopy.next_epoch()
+        self._fire("start_epoch")
+        self.outcome.epochs = self.precopy.epoch
+        self._enter(phase)
+        while (batch := self.precopy.next_batch()) is not None:
+            self._check_peer()
+            self._export_batch(batch)
+            if live:
+                self.run_guest(self._slice(batch))
+            self._enter(phase)
+            yield Activity.MOVED
+
+    def _slice(self, batch: Gpas) -> int:
+        """Guest instructions of each vCPU for this batch, at least one."""
+        return -(-self.options.guest_budget * batch.size // MAX_ENTRIES)
+
+    def _export_batch(self, batch: Gpas) -> None:
+        outcome: ExportOutcome = self._fire("export_memory", {"gpas": batch})
+        self.precopy.sent(batch, outcome.unsent)
+        self.outcome.pages_moved = self.precopy.exports
+
+    def _on_ept_violation(self, vcpu: int, gpa: int) -> None:
+        """The guest wrote a write-blocked page: let it, and send the page again later."""
+        page = gpa & ~(PAGE_SIZE - 1)
+        drive(self.engine.unblock_page(page), self._execute, self._outbox.append)
+        self.precopy.dirty(page)
+
+    def _execute(self, command: Command) -> Result:
+        result = super()._execute(command)
+        if result.ok and result.bundle is not None:
+            self.outcome.bundles += 1
+        return result
+
+    # --- the return path -------------------------------------------------------------------------
+
+    def _await_confirmation(self) -> Steps[None]:
+        """A destination that could not make an abort token must not get the TD."""
+        while not self.engine.session_started:
+            self._take((yield from self._receive("SESSION_STARTED")))
+
+    def _await_commit(self) -> Steps[None]:
+        while self.engine.committed is None:
+            self._take((yield from self._receive("COMMITTED")))
+        self.outcome.ending = Ending.MIGRATED
+        self.outcome.sentence = (
+            "The destination has the TD; the source is in POST_EXPORT, where it can neither run "
+            "it nor take it back."
+        )
+
+    def _receive(self, what: str) -> Steps[ReturnMessage]:
+        """The next message.  PeerLost after `peer_timeout` seconds without one.
+
+        A peer that was lost already is not waited for again; what it had said is still read.
+        """
+        end = self.clock() + (0.0 if self._peer_lost else self.options.peer_timeout)
+        while True:
+            self._read()
+            if self._messages:
+                return self._messages.popleft()
+            self._check_stop(None)
+            if self.clock() >= end:
+                raise PeerLost(
+                    f"{self.transport.peer} sent no {what} within {self.options.peer_timeout:g} s"
+                )
+            yield Activity.WAITING
+
+    def _read(self) -> None:
+        """Take in what has arrived, without waiting; what was read is acted on before more."""
+        while not self._messages and self.transport.poll(0.0):
+            self._messages.extend(self._return_path.records(self.transport.recv(RECEIVE_SIZE)))
+
+    def _check_peer(self) -> None:
+        """Between events: did the destination say something, or go away?"""
+        self._read()
+        while self._messages:
+            self._take(self._messages.popleft())
+            self._read()
+
+    def _take(self, message: ReturnMessage) -> None:
+        """Act on a message; PeerError for what ends the session."""
+        event = self.engine.receive(message)
+        if event == "confirm_import":
+            self.machine.assume(confirmation=True)
+            self._fire(event)
+        elif self.engine.failure is not None:
+            raise PeerGaveUp(f"the destination failed: {self.engine.failure}")
+        elif self.engine.abort_token is not None:
+            raise PeerGaveUp("the destination gave up and sent its abort token")
+
+    # --- the forward path ------------------------------------------------------------------------
+
+    def _encode(self, send: Send) -> Sequence[Readable]:
+        if isinstance(send.record, _RETURN_ONLY):
+            raise UsageError(f"the source sends no {type(send.record).__name__}")
+        return encode(send.record)
+
+    # --- the ways back ---------------------------------------------------------------------------
+
+    def _give_up(self, cause: TdxmigError) -> Steps[None]:
+        self._enter("abort")
+        if isinstance(cause, PeerLost):
+            cause = self._last_word(cause)
+            self.outcome.cause = str(cause)
+        match self.op_state:
+            case "LIVE_EXPORT" | "PAUSED_EXPORT":
+                self._abort_alone(cause)
+            case "POST_EXPORT":
+                yield from self._abort_with_peer()
+            case _:
+                self._say_farewell(cause)
+
+    def _last_word(self, lost: PeerLost) -> TdxmigError:
+        """What the destination said before the connection ended tells more than the end of it."""
+        if self.engine.start_token_sent:
+            return lost  # its last word is the decision, which is awaited in any case
+        try:
+            self._check_peer()
+        except PeerGaveUp as word:
+            return word
+        except TdxmigError:
+            return lost
+        return lost
+
+    def _say_farewell(self, cause: TdxmigError) -> None:
+        """Nothing was exported, so there is nothing to take back."""
+        self.outcome.sentence = (
+            "The migration ended before the source had exported anything; it still runs the TD."
+        )
+        if Capability.SOURCE_ABORT in self.engine.agreed:
+            self._outbox.append(Send(SourceAbort(str(cause))))
+            self._flush_outbox()
+
+    def _abort_alone(self, cause: TdxmigError) -> None:
+        """Before the start token the source takes the TD back without asking."""
+        left: Gpas = self._fire("abort", {"reason": str(cause)})
+        self._note_left(left)
+        self.run_guest(self.options.guest_budget)
+        self.outcome.sentence = (
+            "The source aborted the export before its start token and runs the TD again; "
+            "nothing that the destination got can become a running TD."
+        )
+
+    def _abort_with_peer(self) -> Steps[None]:
+        """After the start token the destination decides; wait for what it says."""
+        lost = yield from self._await_decision()
+        if self.engine.committed is not None:
+            self.outcome.ending = Ending.MIGRATED
+            self.outcome.sentence = (
+                "The destination had taken the TD over before anything could be stopped; the "
+                "source stays in POST_EXPORT."
+            )
+        elif self.engine.abort_token is None:
+            self.outcome.ending = Ending.UNDECIDED
+            self.outcome.sentence = (
+                f"The source gave its start token away and then lost the destination ({lost}): it "
+                "stays in POST_EXPORT and must not run the TD, because the destination may. An "
+                "abort token of that destination would bring the TD back here; if the destination "
+                "runs it, destroy this one."
+            )
+        else:
+            self.machine.assume(abort_token=True)
+            left: Gpas = self._fire("abort_with_token")
+            self._note_left(left)
+            self.run_guest(self.options.guest_budget)
+            self.outcome.sentence = (
+                "The destination gave up and proved it with its abort token; the source took the "
+                "TD back and runs it again."
+            )
+
+    def _await_decision(self) -> Steps[str]:
+        """Wait for COMMITTED or an abort token; why there was neither, or the empty string."""
+        while self.engine.abort_token is None and self.engine.committed is None:
+            try:
+                self.engine.receive((yield from self._receive("COMMITTED or ABORT_TOKEN")))
+            except TdxmigError as error:
+                return str(error)
+        return ""
+
+    def _note_left(self, left: Gpas) -> None:
+        if left.size:
+            self.trace.note("pages that could not be restored block the next session", gpas=left)
+
+    def _enter(self, phase: str) -> None:
+        self._progress(
+            phase,
+            epoch=self.precopy.epoch,
+            dirty=self.precopy.remaining + self.precopy.later,
+        )

@@ -1,0 +1,16 @@
+"""Both sides as two processes on this host: started, watched, stopped, reaped, and judged."""
+
+from tdxmig_model.supervisor.child import Probe
+from tdxmig_model.supervisor.options import At, Injected, RunOptions, lifecycle_events
+from tdxmig_model.supervisor.result import RunResult
+from tdxmig_model.supervisor.run import run_migration
+
+__all__ = [
+    "At",
+    "Injected",
+    "Probe",
+    "RunOptions",
+    "RunResult",
+    "lifecycle_events",
+    "run_migration",
+]

@@ -1,0 +1,189 @@
+"""One side of a supervised run in its own process: its link to the supervisor, and its program.
+
+A child ignores SIGINT: an interrupt of the terminal reaches every process of the group, and only
+the supervisor may decide what it means.  It relays a stop over the link.  A supervisor that goes
+away is a stop too.
+"""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from time import monotonic
+from typing import Final, TypeAlias
+
+from tdxmig_model.errors import PeerLost, TdxmigError, UsageError
+from tdxmig_model.premigration import Identity
+from tdxmig_model.session import Hooks, Progress, SideOutcome
+from tdxmig_model.supervisor.options import At, RunOptions
+
+PROGRESS_SECONDS: Final = 0.1
+
+
+PlainAddress: TypeAlias = str | tuple[str, int]
+"""A Unix path or host and port, as the standard library's sockets have it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where the destination listens: for the migration stream and for premigration."""
+
+    migration: str
+    premigration: PlainAddress
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What a child is given beside its options: directories, and who it is for premigration."""
+
+    work: Path
+    traces: Path
+    identity: Identity
+    peer_certificate: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """The supervisor asks this side to stop; `reason` is for people."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A side could not even run its session.  `usage`: the environment is to blame."""
+
+    text: str
+    usage: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Something that must be refused, tried: what the enforcer and what the module answered."""
+
+    step: str
+    refused_by_enforcer: bool
+    status_name: str
+    refused_by_module: bool
+
+
+@dataclass(slots=True)
+class SideReport:
+    """What a side tells the supervisor at its end, beside the outcome of its session."""
+
+    outcome: SideOutcome
+    memory_digest: str = ""
+    vcpu_digests: tuple[str, ...] = ()
+    steps_checked: int = 0
+    probes: tuple[Probe, ...] = ()
+    guest_instructions: int = 0
+
+
+class Link:
+    """The child's end of its link to the supervisor."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._sending = threading.Lock()
+        self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
+        self.stop_reason: str | None = None
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                item = self._connection.recv()
+            except (EOFError, OSError):
+                self.stop_reason = self.stop_reason or "the supervisor went away"
+                self._inbox.put(None)
+                return
+            if isinstance(item, Stop):
+                self.stop_reason = self.stop_reason or item.reason
+            self._inbox.put(item)
+
+    def tell(self, item: object) -> None:
+        """Send something to the supervisor.  One that is gone is not told."""
+        with self._sending:
+            try:
+                self._connection.send(item)
+            except (BrokenPipeError, OSError):
+                self.stop_reason = self.stop_reason or "the supervisor went away"
+
+    def addresses(self, timeout: float) -> Addresses:
+        """Wait for the addresses of the destination.  PeerLost if they do not come."""
+        end = monotonic() + timeout
+        while True:
+            try:
+                item = self._inbox.get(timeout=max(0.0, end - monotonic()))
+            except queue.Empty:
+                raise PeerLost("the destination did not begin to listen in time") from None
+            if isinstance(item, Addresses):
+                return item
+            if self.stop_reason is not None:
+                raise PeerLost(self.stop_reason)
+
+
+class ChildHooks(Hooks):
+    """Stops and faults at events, and progress over the link."""
+
+    def __init__(
+        self,
+        side: str,
+        link: Link,
+        options: RunOptions,
+        exported: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._side = side
+        self._link = link
+        self._options = options
+        self._exported = exported
+        self._told_at = 0.0
+        self._told_phase = ""
+
+    def stop_requested(self, event: str | None) -> str | None:
+        if event is not None:
+            here = At(self._side, event)
+            if here == self._options.injected.kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if here == self._options.injected.hang:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            if here == self._options.stop_at:
+                return f"a stop was requested before {here}"
+        return self._link.stop_reason
+
+    def progress(self, progress: Progress) -> None:
+        now = monotonic()
+        if progress.phase != self._told_phase or now - self._told_at >= PROGRESS_SECONDS:
+            self._told_phase, self._told_at = progress.phase, now
+            self._link.tell(progress)
+
+    def exported(self) -> None:
+        self._exported()
+
+
+Program: TypeAlias = Callable[[Link, RunOptions, Place], SideReport]
+
+
+def child_main(program: Program, connection: Connection, options: RunOptions, place: Place) -> None:
+    """Entry point of a child: run `program` and tell the supervisor how it ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    link = Link(connection)
+    try:
+        link.tell(program(link, options, place))
+    except TdxmigError as error:
+        link.tell(Failure(str(error), isinstance(error, UsageError)))
+    except (OSError, MemoryError) as error:
+        link.tell(Failure(f"this host refused: {error or type(error).__name__}", usage=True))
+    except Exception as error:
+        if os.environ.get("TDXMIG_DEBUG") == "1":
+            traceback.print_exc()
+        link.tell(Failure(f"a bug in tdxmig: {type(error).__name__}: {error}"))
+    finally:
+        connection.close()

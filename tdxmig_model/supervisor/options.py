@@ -1,0 +1,107 @@
+"""What a supervised run is asked to do, and the faults that tests inject into it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from tdxmig_model.errors import UsageError
+from tdxmig_model.names import NAMES, Kind
+from tdxmig_model.transport import Faults
+from tdxmig_model.wire.constants import MAX_ENTRIES, PAGE_SIZE
+
+SIDES: Final = ("source", "destination")
+TRANSPORTS: Final = ("unix", "tcp")
+
+
+@dataclass(frozen=True, slots=True)
+class At:
+    """One lifecycle event of one side; as text ``source:pause``."""
+
+    side: str
+    event: str
+
+    def __str__(self) -> str:
+        return f"{self.side}:{self.event}"
+
+    @classmethod
+    def parse(cls, text: str) -> At:
+        """``SIDE:EVENT``, or an event that only one side has.  UsageError lists what there is."""
+        side, colon, event = text.rpartition(":")
+        if colon and side not in SIDES:
+            raise UsageError(f"event {text!r}: the side is source or destination")
+        sides = (side,) if colon else SIDES
+        found = [cls(one, event) for one in sides if event in lifecycle_events(one)]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            both = " or ".join(map(str, found))
+            raise UsageError(f"event {text!r} is one of both sides; write {both}")
+        known = "; ".join(f"{one}: {', '.join(lifecycle_events(one))}" for one in sides)
+        raise UsageError(f"no lifecycle event {text!r}; {known}")
+
+
+def lifecycle_events(side: str) -> list[str]:
+    """Names of the lifecycle events of a side, in the order of the name table."""
+    return [row.step for row in NAMES if row.kind is Kind.LIFECYCLE and row.side.value == side]
+
+
+def trace_path(traces: Path, side: str) -> Path:
+    """Where the trace of a side is."""
+    return traces / f"{side}.ndjson"
+
+
+@dataclass(frozen=True, slots=True)
+class Injected:
+    """Faults for tests.
+
+    `kill`: the process of that side is killed (SIGKILL) just before the event.  `hang`: it stops
+    (SIGSTOP) there.  `stream`: bytes of the forward path that change or do not arrive.
+    """
+
+    kill: At | None = None
+    hang: At | None = None
+    stream: Faults | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunOptions:
+    """Arguments of a run.  `memory` is bytes of private memory; `deadline` seconds for everything.
+
+    `stop_at` asks for a stop just before that event would fire.  Traces are kept in `trace_dir`;
+    without one they are removed after they have been judged.
+    """
+
+    memory: int = 64 << 20
+    vcpus: int = 2
+    batch: int = MAX_ENTRIES
+    profile: str = "hardened"
+    guest: str = "hot-set"
+    seed: int = 0
+    transport: str = "unix"
+    stop_at: At | None = None
+    trace_dir: Path | None = None
+    peer_timeout: float = 5.0
+    deadline: float = 300.0
+    injected: Injected = field(default_factory=Injected)
+
+    def __post_init__(self) -> None:
+        if self.memory <= 0 or self.memory % PAGE_SIZE:
+            raise UsageError(f"memory of {self.memory} bytes: it is a multiple of {PAGE_SIZE}")
+        if not 1 <= self.batch <= MAX_ENTRIES:
+            raise UsageError(f"batch of {self.batch} pages: it is 1 to {MAX_ENTRIES}")
+        if self.vcpus < 1:
+            raise UsageError(f"{self.vcpus} vCPUs: a TD has at least one")
+        if self.transport not in TRANSPORTS:
+            raise UsageError(f"transport {self.transport!r}: it is {' or '.join(TRANSPORTS)}")
+
+    @property
+    def patience(self) -> float:
+        """Seconds that a side may need to end once its peer has: digests take time with memory."""
+        return self.peer_timeout + self.memory / (100 << 20)
+
+    @property
+    def pages(self) -> int:
+        """Private 4 KiB pages of the TD."""
+        return self.memory // PAGE_SIZE

@@ -1,0 +1,242 @@
+"""The supervisor's side of a run: start two processes, relay, watch, reap, and judge."""
+
+from __future__ import annotations
+
+import multiprocessing
+import shutil
+import signal
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from time import monotonic
+from types import FrameType
+from typing import Final
+
+from tdxmig_model.errors import UsageError
+from tdxmig_model.premigration import make_identity
+from tdxmig_model.session import Progress
+from tdxmig_model.supervisor.child import (
+    Addresses,
+    Failure,
+    Place,
+    Program,
+    SideReport,
+    Stop,
+    child_main,
+)
+from tdxmig_model.supervisor.options import SIDES, RunOptions
+from tdxmig_model.supervisor.programs import run_destination, run_source
+
+PROGRAMS: Final[dict[str, Program]] = {
+    "source": run_source,
+    "destination": run_destination,
+}
+GRACE_SECONDS: Final = 4.0
+"""How long the process of a side may take to end once its link is closed."""
+
+
+@dataclass(slots=True)
+class Child:
+    """One side's process and what is known of it."""
+
+    side: str
+    process: BaseProcess
+    connection: Connection
+    report: SideReport | None = None
+    failure: Failure | None = None
+    open: bool = True
+    hung: bool = False
+
+    @property
+    def gone(self) -> str:
+        """How a child that left no report ended."""
+        if self.failure is not None:
+            return self.failure.text
+        if self.hung:
+            return "it hung, and the supervisor killed its process"
+        code = self.process.exitcode
+        if code is not None and code < 0:
+            return f"its process was killed by {signal.Signals(-code).name}"
+        return f"its process ended without a report (exit code {code})"
+
+
+@dataclass(slots=True)
+class Watch:
+    """What the supervisor needs while the children run."""
+
+    options: RunOptions
+    on_progress: Callable[[Progress], None]
+    children: dict[str, Child] = field(default_factory=dict)
+    stop: threading.Event = field(default_factory=threading.Event)
+    stop_reason: str = ""
+    stop_told: bool = False
+    interrupted: bool = False
+    deadline: float = 0.0
+
+
+def run_children(
+    options: RunOptions, work: Path, traces: Path, on_progress: Callable[[Progress], None]
+) -> Watch:
+    """Run both sides to their ends.  Every child is reaped when this returns or raises."""
+    watch = Watch(options, on_progress, deadline=monotonic() + options.deadline)
+    context = multiprocessing.get_context("spawn")
+    places = _places(work, traces)
+    try:
+        for side in SIDES:
+            watch.children[side] = _start(context, side, options, places[side])
+        with _interrupts_stop(watch):
+            while any(child.open for child in watch.children.values()):
+                _turn(watch)
+    finally:
+        for child in watch.children.values():
+            _reap(child)
+    return watch
+
+
+def _places(work: Path, traces: Path) -> dict[str, Place]:
+    """New identities for this run; each side is given the certificate of the other."""
+    identities = {side: make_identity(f"tdxmig {side}") for side in SIDES}
+    source, destination = SIDES
+    peers = {source: identities[destination], destination: identities[source]}
+    return {side: Place(work, traces, identities[side], peers[side].certificate) for side in SIDES}
+
+
+def _start(
+    context: multiprocessing.context.SpawnContext, side: str, options: RunOptions, place: Place
+) -> Child:
+    ours, theirs = context.Pipe()
+    process = context.Process(
+        target=child_main,
+        args=(PROGRAMS[side], theirs, options, place),
+        name=f"tdxmig-{side}",
+        daemon=True,
+    )
+    # The child inherits the blocked signal: an interrupt while it still imports must not kill it.
+    # The tracker is started before, because starting it unblocks the signal again.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    theirs.close()
+    return Child(side, process, ours)
+
+
+@contextmanager
+def _interrupts_stop(watch: Watch) -> Iterator[None]:
+    """The first SIGINT or SIGTERM asks both sides to stop; a second one kills them."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if watch.stop.is_set():
+            raise KeyboardInterrupt
+        watch.interrupted = True
+        watch.stop_reason = f"interrupted ({signal.Signals(number).name})"
+        watch.stop.set()
+
+    before = {
+        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _turn(watch: Watch) -> None:
+    """Wait for a message, the end of a child, a stop or the deadline, and act on it."""
+    if watch.stop.is_set() and not watch.stop_told:
+        watch.stop_told = True
+        _tell(watch, Stop(watch.stop_reason))
+    if monotonic() >= watch.deadline:
+        _on_deadline(watch)
+    open_children = {child.connection: child for child in watch.children.values() if child.open}
+    for ready in wait(list(open_children), timeout=0.1):
+        assert isinstance(ready, Connection)
+        _on_message(watch, open_children[ready])
+
+
+def _on_deadline(watch: Watch) -> None:
+    """First ask both sides to stop; a side that is still there after that is killed."""
+    alone = any(not child.open for child in watch.children.values())
+    if watch.stop_told or alone:
+        for child in watch.children.values():
+            if child.open:
+                child.hung = True
+                child.process.kill()
+        watch.deadline = monotonic() + GRACE_SECONDS
+        return
+    watch.stop_reason = f"the run took longer than {watch.options.deadline:g} s"
+    watch.stop.set()
+    watch.deadline = monotonic() + watch.options.patience
+
+
+def _on_message(watch: Watch, child: Child) -> None:
+    try:
+        item = child.connection.recv()
+    except (EOFError, OSError):
+        child.open = False
+        child.process.join(GRACE_SECONDS)
+        _on_end(watch, child)
+        return
+    match item:
+        case Progress():
+            watch.on_progress(item)
+        case SideReport():
+            child.report = item
+        case Failure():
+            child.failure = item
+        case Addresses():
+            _tell(watch, item, only="source")
+
+
+def _on_end(watch: Watch, child: Child) -> None:
+    """One side is gone: the other notices by itself, unless it has no connection yet or hangs."""
+    watch.deadline = min(watch.deadline, monotonic() + watch.options.patience)
+    if child.report is None:
+        _tell(watch, Stop(f"the {child.side} is gone: {child.gone}"))
+
+
+def _tell(watch: Watch, item: object, only: str = "") -> None:
+    for child in watch.children.values():
+        if child.open and only in ("", child.side):
+            try:
+                child.connection.send(item)
+            except OSError:
+                continue  # it is gone; its end is noticed by the read
+
+
+def _reap(child: Child) -> None:
+    child.connection.close()
+    child.process.join(0 if child.open else GRACE_SECONDS)
+    if child.process.is_alive():
+        child.process.kill()
+        child.process.join()
+
+
+@contextmanager
+def work_directory(options: RunOptions) -> Iterator[tuple[Path, Path]]:
+    """A private directory for sockets and keys, and the one for traces; the first is removed."""
+    try:
+        work = Path(tempfile.mkdtemp(prefix="tdxmig-"))
+    except OSError as error:
+        raise UsageError(f"cannot make a temporary directory: {error.strerror}") from error
+    try:
+        traces = options.trace_dir or work
+        try:
+            traces.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UsageError(f"cannot use {traces} for traces: {error.strerror}") from error
+        yield work, traces
+    finally:
+        shutil.rmtree(work, ignore_errors=True)

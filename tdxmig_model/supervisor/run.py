@@ -1,0 +1,200 @@
+"""One supervised run from options to result."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tdxmig_model.errors import TdxmigError, UsageError
+from tdxmig_model.session import Ending, Progress, SideOutcome
+from tdxmig_model.supervisor.child import SideReport
+from tdxmig_model.supervisor.options import SIDES, RunOptions, trace_path
+from tdxmig_model.supervisor.parent import Watch, run_children, work_directory
+from tdxmig_model.supervisor.result import End, RunResult, TraceVerdict, explain
+
+
+def run_migration(
+    options: RunOptions, on_progress: Callable[[Progress], None] = lambda progress: None
+) -> RunResult:
+    """Migrate a TD between two new processes and judge what came out.
+
+    A migration that fails is a result.  UsageError: this environment cannot run one.
+    """
+    _check_memory(options)
+    with work_directory(options) as (work, traces):
+        watch = run_children(options, work, traces, on_progress)
+        for child in watch.children.values():
+            if child.failure is not None and child.failure.usage:
+                raise UsageError(f"{child.side}: {child.failure.text}")
+        verdict = _judge(watch, traces, options)
+        return _result(watch, verdict, traces)
+
+
+def _check_memory(options: RunOptions) -> None:
+    """Both TDs are real memory of this host; running out of it would kill somebody else."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if 2 * options.memory > there:
+        raise UsageError(
+            f"two TDs of {options.memory >> 20} MiB do not fit into the {there >> 20} MiB of this "
+            "host; choose less memory"
+        )
+
+
+def _judge(watch: Watch, traces: Path, options: RunOptions) -> TraceVerdict:
+    from tdxmig_model import replay
+
+    written = [path for path in (trace_path(traces, side) for side in SIDES) if path.exists()]
+    if not written:
+        return TraceVerdict(False, False, reason="no trace was written: no session began")
+    try:
+        found = (
+            replay.judge(written[0], written[1], options.profile)
+            if len(written) == len(SIDES)
+            else replay.judge_one(written[0], options.profile)
+        )
+    except TdxmigError as error:
+        return TraceVerdict(True, False, reason=str(error))
+    return TraceVerdict(True, found.ok, found.steps, found.reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Both:
+    """Both reports, whatever there is of them."""
+
+    source: SideReport | None
+    destination: SideReport | None
+
+    @property
+    def source_outcome(self) -> SideOutcome:
+        return self.source.outcome if self.source else SideOutcome("source")
+
+    @property
+    def destination_outcome(self) -> SideOutcome:
+        return self.destination.outcome if self.destination else SideOutcome("destination")
+
+    @property
+    def memory_equal(self) -> bool | None:
+        """None unless both sides have their digest."""
+        if not (self.source and self.destination):
+            return None
+        ours, theirs = self.source.memory_digest, self.destination.memory_digest
+        return ours == theirs if ours and theirs else None
+
+    @property
+    def vcpus_equal(self) -> bool | None:
+        """None unless both sides have their digests."""
+        if not (self.source and self.destination):
+            return None
+        ours, theirs = self.source.vcpu_digests, self.destination.vcpu_digests
+        return ours == theirs if ours and theirs else None
+
+
+def _result(watch: Watch, verdict: TraceVerdict, traces: Path) -> RunResult:
+    options = watch.options
+    children = watch.children
+    both = _Both(children["source"].report, children["destination"].report)
+    ends = {side: End(side, child.report, child.gone) for side, child in children.items()}
+    source, destination = both.source_outcome, both.destination_outcome
+    migrated = destination.ending is Ending.MIGRATED and destination.runnable
+    total = _milliseconds(source.started_at, destination.runnable_at)
+    sentence = explain(ends["source"], ends["destination"])
+    sentence += _about_the_stop(both, options)
+    result_trace: dict[str, object] = {
+        "judged": verdict.judged,
+        "accepted": verdict.accepted,
+        "steps": verdict.steps,
+        "reason": verdict.reason,
+        **{
+            side: str(trace_path(traces, side)) if options.trace_dir is not None else None
+            for side in children
+        },
+    }
+    return RunResult(
+        ok=verdict.accepted and _as_asked(both, ends, options, migrated),
+        ending=_ending(ends, migrated),
+        sentence=sentence,
+        cause=watch.stop_reason if watch.stop_told else _cause(both, ends),
+        profile=options.profile,
+        transport=options.transport,
+        pages=options.pages,
+        pages_sent=source.pages_moved,
+        bytes=source.bytes,
+        epochs=source.epochs,
+        bundles=source.bundles,
+        streams=1,
+        vcpus=options.vcpus,
+        downtime_ms=_milliseconds(source.paused_at, destination.runnable_at),
+        total_ms=total,
+        throughput_mib_s=round(source.bytes / (1 << 20) / (total / 1000), 1) if total else None,
+        memory_equal=both.memory_equal,
+        vcpus_equal=both.vcpus_equal,
+        source_state=ends["source"].op_state,
+        destination_state=ends["destination"].op_state,
+        source_runnable=ends["source"].runnable,
+        destination_runnable=ends["destination"].runnable,
+        refusals=both.source.probes if both.source else (),
+        guest_instructions=both.destination.guest_instructions if both.destination else 0,
+        steps_checked=sum(
+            report.steps_checked for report in (both.source, both.destination) if report
+        ),
+        interrupted=watch.interrupted,
+        trace=result_trace,
+    )
+
+
+def _as_asked(both: _Both, ends: dict[str, End], options: RunOptions, migrated: bool) -> bool:
+    """Whether the run ended as it should: migrated in every respect, or stopped with one owner."""
+    runnable = [end.side for end in ends.values() if end.runnable]
+    if migrated:
+        probes = both.source.probes if both.source else ()
+        return (
+            runnable == ["destination"]
+            and both.memory_equal is True
+            and both.vcpus_equal is True
+            and bool(probes)
+            and all(probe.refused_by_enforcer and probe.refused_by_module for probe in probes)
+            and bool(both.destination and both.destination.guest_instructions)
+        )
+    return options.stop_at is not None and _stopped(both, options) and runnable == ["source"]
+
+
+def _stopped(both: _Both, options: RunOptions) -> bool:
+    """Whether the stop that the options ask for happened, and nothing else went wrong first."""
+    report = (
+        both.source if options.stop_at and options.stop_at.side == "source" else both.destination
+    )
+    return report is not None and report.outcome.stopped
+
+
+def _about_the_stop(both: _Both, options: RunOptions) -> str:
+    """Why a stop that was asked for did not happen."""
+    if options.stop_at is None or _stopped(both, options):
+        return ""
+    report = getattr(both, options.stop_at.side)
+    if report is not None and options.stop_at.event in report.outcome.events:
+        return f" The stop before {options.stop_at} came too late to change that."
+    return f" The event {options.stop_at} did not come up, so nothing was stopped."
+
+
+def _ending(ends: dict[str, End], migrated: bool) -> str:
+    """One word: an ending of a session, or "lost" if the TD is gone with its process."""
+    if migrated:
+        return str(Ending.MIGRATED)
+    if any(end.runnable for end in ends.values()):
+        return str(Ending.ABORTED)
+    return "lost" if ends["source"].report is None else str(Ending.UNDECIDED)
+
+
+def _cause(both: _Both, ends: dict[str, End]) -> str:
+    """What began it: the side whose trouble is its own says more than the one that heard of it."""
+    outcomes = [report.outcome for report in (both.source, both.destination) if report]
+    gone = [end.text for end in ends.values() if end.report is None]
+    own = [one.cause for one in outcomes if one.cause and not one.heard_of]
+    heard = [one.cause for one in outcomes if one.cause]
+    return "; ".join(gone or own[:1] or heard[:1])
+
+
+def _milliseconds(first: float | None, last: float | None) -> float | None:
+    return None if first is None or last is None else round((last - first) * 1000, 3)
