@@ -1,0 +1,176 @@
+"""Is what the model claims what was agreed on, and is each repair just where it is said to be?"""
+
+from __future__ import annotations
+
+import ast
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tdxmig_model.backend.soft.module import PROFILES as MODULE_PROFILES
+from tdxmig_model.expr import Instance, Interpreter, Property, System, initial_state
+from tdxmig_model.model.leaf import LEAF
+from tdxmig_model.model.lifecycle import LIFECYCLE
+from tdxmig_model.model.words import HARDENED, PROFILES, TDX_1_5_01
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SOFT = REPOSITORY / "tdxmig_model" / "backend" / "soft"
+RULES = tomllib.loads((REPOSITORY / "specs" / "rules.toml").read_text())["rule"]
+_REPAIRS_FILE = tomllib.loads((REPOSITORY / "specs" / "repairs.toml").read_text())
+REPAIRS = _REPAIRS_FILE["repair"]
+DEMONSTRATIONS = _REPAIRS_FILE["demonstration"]
+SYSTEMS = (LIFECYCLE, LEAF)
+CLAIMED: dict[str, tuple[System, Property]] = {
+    claimed.identifier: (system, claimed)
+    for system in SYSTEMS
+    for claimed in system.properties
+    if claimed.level != "lemma"
+}
+
+
+# --- rules ---------------------------------------------------------------------------------------
+
+
+def test_every_rule_is_a_property_and_every_property_a_rule() -> None:
+    ids = [rule["id"] for rule in RULES]
+    assert len(set(ids)) == len(ids)
+    assert set(ids) == set(CLAIMED)
+
+
+def test_lemmas_and_rules_are_told_apart_by_their_level() -> None:
+    levels = {claimed.level for system in SYSTEMS for claimed in system.properties}
+    assert levels == {"lemma", "leaf", "lifecycle"}
+    assert all(claimed.level == system.name for system, claimed in CLAIMED.values())
+    assert sum(len(system.properties) for system in SYSTEMS) > len(CLAIMED)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: str(rule["id"]))
+def test_a_rule_is_claimed_as_it_was_frozen(rule: dict[str, str]) -> None:
+    _, claimed = CLAIMED[rule["id"]]
+    assert claimed.level == rule["level"]
+    assert claimed.sentence == rule["sentence"]
+    assert str(claimed.formula) == rule["formula"]
+
+
+@pytest.mark.parametrize("identifier", CLAIMED)
+def test_a_rule_names_the_guards_that_enforce_it(identifier: str) -> None:
+    system, claimed = CLAIMED[identifier]
+    assert claimed.guards
+    for step, label in claimed.guards:
+        assert system.step(step).needs(label).label == label
+
+
+@pytest.mark.parametrize("identifier", CLAIMED)
+def test_a_rule_has_a_witness_that_does_not_hold_at_the_start(identifier: str) -> None:
+    system, claimed = CLAIMED[identifier]
+    assert claimed.witness is not None
+    instance = Instance.small(system, {i.name: 4 for i in system.indexes()})
+    start = initial_state(system, instance)
+    assert not Interpreter(system, instance).value(claimed.witness, start, {})
+
+
+def test_ids_say_where_a_rule_comes_from() -> None:
+    for identifier, (system, _) in CLAIMED.items():
+        assert identifier[0] in {"lifecycle": "O", "leaf": "PL"}[system.name]
+        assert identifier[1:].isdecimal()
+
+
+# --- repairs -------------------------------------------------------------------------------------
+
+
+def only_in(profile: str) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
+    """The conjuncts and the updates that one profile has and no other."""
+    conjuncts, updates = set(), set()
+    for system in SYSTEMS:
+        for step in system.steps:
+            conjuncts |= {
+                (step.name, n.label) for n in step.when if n.profiles == frozenset({profile})
+            }
+            updates |= {
+                (step.name, a.target.name) for a in step.then if a.profiles == frozenset({profile})
+            }
+    return conjuncts, updates
+
+
+def listed(key: str) -> list[tuple[str, str]]:
+    return [(step, name) for repair in REPAIRS for step, name in repair[key]]
+
+
+def test_repairs_are_numbered_from_1() -> None:
+    assert [repair["id"] for repair in REPAIRS] == [f"R{n + 1}" for n in range(len(REPAIRS))]
+
+
+def test_the_profiles_differ_in_the_listed_places_and_nowhere_else() -> None:
+    conjuncts, updates = only_in(HARDENED)
+    dropped_conjuncts, dropped_updates = only_in(TDX_1_5_01)
+    assert sorted(listed("conjuncts")) == sorted(conjuncts)
+    assert sorted(listed("updates")) == sorted(updates)
+    assert sorted(listed("replaces")) == sorted(dropped_updates)
+    assert not dropped_conjuncts
+
+
+def test_nothing_but_conjuncts_and_updates_depends_on_the_profile() -> None:
+    assert set(PROFILES) == {HARDENED, TDX_1_5_01}
+    for system in SYSTEMS:
+        assert all(step.profiles is None for step in system.steps)
+        assert all(claimed.profiles is None for claimed in system.properties)
+
+
+def test_a_repair_restores_properties_and_says_which_the_model_states() -> None:
+    for repair in REPAIRS:
+        assert repair["what"].endswith(".")
+        assert repair["restores"]
+        for restored in repair["restores"]:
+            stated = restored["id"] in CLAIMED
+            assert restored["stated"] == stated, f"{repair['id']} restores {restored['id']}"
+            if stated:
+                assert restored["sentence"] == CLAIMED[restored["id"]][1].sentence
+
+
+def functions(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.FunctionDef]]:
+    """The functions of a module and the methods of its classes, by qualified name."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef):
+            yield f"{prefix}.{node.name}", node
+        elif isinstance(node, ast.ClassDef):
+            yield from functions(node.body, f"{prefix}.{node.name}")
+
+
+def asks_for(node: ast.AST, names: frozenset[str]) -> bool:
+    match node:
+        case ast.Attribute(attr=name, ctx=ast.Load()) if name in names:
+            return True
+    return any(asks_for(child, names) for child in ast.iter_child_nodes(node))
+
+
+def asking_for(*names: str) -> set[str]:
+    """Functions of the software module that read an attribute of one of these names."""
+    return {
+        name
+        for path in SOFT.rglob("*.py")
+        for name, node in functions(ast.parse(path.read_text()).body, path.stem)
+        if asks_for(node, frozenset(names))
+    }
+
+
+def test_the_software_module_asks_for_the_profile_where_a_repair_is() -> None:
+    for repair in REPAIRS:
+        assert sorted(set(repair["software_module"])) == sorted(repair["software_module"])
+    places = {place for repair in REPAIRS for place in repair["software_module"]}
+    assert places == asking_for("hardened", "profile", "allowed")
+
+
+def test_a_repair_says_whether_the_model_has_it() -> None:
+    for repair in REPAIRS:
+        places = repair["conjuncts"] + repair["updates"] + repair["replaces"]
+        assert repair["model"] == bool(places), repair["id"]
+        assert places or repair["software_module"]
+
+
+def test_a_demonstration_is_a_profile_of_the_software_module_alone() -> None:
+    profiles = {demonstration["profile"] for demonstration in DEMONSTRATIONS}
+    assert profiles == set(MODULE_PROFILES) - set(PROFILES)
+    places = {place for shown in DEMONSTRATIONS for place in shown["software_module"]}
+    assert places == asking_for("demonstration")
