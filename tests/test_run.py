@@ -31,13 +31,13 @@ WANTED = {
 @pytest.fixture(autouse=True)
 def nothing_is_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No process, no socket file and no temporary directory survives a run."""
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
+    # pytest makes tmp_path, which may be too long for a Unix socket, before TMPDIR changes.
+    scratch = Path(tempfile.mkdtemp(prefix="t-"))
     monkeypatch.setenv("TMPDIR", str(scratch))
     monkeypatch.setattr(tempfile, "tempdir", None)
     yield
     assert multiprocessing.active_children() == []
-    assert list(scratch.iterdir()) == []
+    scratch.rmdir()  # fails if anything is left in it
 
 
 def run(**options: object) -> RunResult:
@@ -75,6 +75,16 @@ def test_run_migrates_and_prints_one_object(
     assert result["trace"]["accepted"]
     assert result["trace"]["source"] == str(traces / "source.ndjson")
     assert {path.name for path in traces.iterdir()} == {"source.ndjson", "destination.ndjson"}
+
+
+def test_a_long_temporary_path_is_no_obstacle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    assert run().ok
+    assert list(long.iterdir()) == []
 
 
 def test_run_over_tcp_with_a_summary(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import shutil
 import signal
 import tempfile
@@ -37,6 +38,10 @@ PROGRAMS: Final[dict[str, Program]] = {
     "source": run_source,
     "destination": run_destination,
 }
+LONGEST_NAME: Final = "premigration.sock"
+"""The longest name that a side gives a socket in the directory of a run."""
+UNIX_PATH_BYTES: Final = 107
+"""What a sockaddr_un holds on Linux, less the zero at its end (unix(7))."""
 GRACE_SECONDS: Final = 4.0
 """How long the process of a side may take to end once its link is closed."""
 
@@ -224,13 +229,29 @@ def _reap(child: Child) -> None:
         child.process.join()
 
 
+def _private_directory() -> Path:
+    """A new directory that only this user can enter, with a path short enough for its sockets."""
+    usual = tempfile.gettempdir()
+    for parent in (usual, "/tmp", "/var/tmp", "/dev/shm"):
+        try:
+            made = Path(tempfile.mkdtemp(prefix="tdxmig-", dir=parent))
+        except OSError as error:
+            if parent == usual:
+                raise UsageError(f"cannot make a temporary directory: {error.strerror}") from error
+            continue
+        if len(os.fsencode(made / LONGEST_NAME)) <= UNIX_PATH_BYTES:
+            return made
+        made.rmdir()
+    raise UsageError(
+        f"the path of {usual} is too long for a Unix socket: "
+        "set TMPDIR to a shorter one, or use --transport tcp"
+    )
+
+
 @contextmanager
 def work_directory(options: RunOptions) -> Iterator[tuple[Path, Path]]:
     """A private directory for sockets and keys, and the one for traces; the first is removed."""
-    try:
-        work = Path(tempfile.mkdtemp(prefix="tdxmig-"))
-    except OSError as error:
-        raise UsageError(f"cannot make a temporary directory: {error.strerror}") from error
+    work = _private_directory()
     try:
         traces = options.trace_dir or work
         try:
