@@ -492,7 +492,5 @@ def test_random_migrations(machine):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("machine", MACHINES)
-def test_random_migrations_for_long(machine, request):
-    if "slow" not in (request.config.getoption("markexpr") or ""):
-        pytest.skip("a campaign of minutes; run with -m slow")
+def test_random_migrations_for_long(machine):
     run_state_machine_as_test(machine, settings=LONG)
