@@ -96,6 +96,9 @@ class Terms:
                 self.formula(depth - 1), self.integer(depth - 1), self.integer(depth - 1)
             ),
             lambda: count("painted", CELL, lambda i: paint[i].eq(self.colour(0))),
+            lambda: count("painted", CELL, lambda i: paint[i].eq(self.colour(0))).below(
+                self.integer(0)
+            ),
         )
 
     def colour(self, depth: int) -> Node:

@@ -233,7 +233,7 @@ def random_system(seed: int) -> System:
 def test_random_systems_have_the_states_of_the_interpreter(third: int) -> None:
     sizes = []
     clipped = 0
-    for seed in range(third, 60, 3):
+    for seed in range(third, 120, 3):
         system = random_system(seed)
         instance = Instance.small(system, {"Cell": 2, "Worker": 1})
         if explore(system, instance, ceiling=2, limit=130).truncated:

@@ -112,6 +112,9 @@ VALUES = [
     (lookup(state, {EXPORT: IMPORT}), 2),
     (lookup(state, {IDLE: IMPORT}), 1),
     (count("old", PAGE, lambda i: version[i].gt(0)), 2),
+    (count("old", PAGE, lambda i: version[i].gt(0)).below(1), 1),
+    (count("old", PAGE, lambda i: version[i].gt(0)).below(epoch + 9), 2),
+    (count("old", PAGE, lambda i: version[i].gt(0)).below(epoch - 9), 0),
     (forall({"a": PAGE}, lambda a: version[a].le(4)), True),
     (forall({"a": PAGE}, lambda a: version[a].lt(4)), False),
     (

@@ -49,6 +49,7 @@ from tdxmig_model.expr import (
     count,
     forall,
     implies,
+    index,
     mapping,
     need,
     not_,
@@ -352,6 +353,34 @@ def test_a_count_of_a_prefix_grows_by_the_appended_element():
     system = System("marks", (limit, mark), (append,), (exact, start))
     assert proved(system, "exact")
     assert not proved(replace(system, properties=(claim("exact", marked.lt(limit)),)), "exact")
+
+
+def test_as_many_marks_as_places_leave_no_gap():
+    """The pigeonhole, for an index without a size: n marks below n are all of them."""
+    place = index("Place")
+    mark = mapping("mark", (place,), BOOL, False, "host")
+    marked = count("marks", place, lambda i: mark[i])
+    at = param("at", place)
+    put = row(
+        "put",
+        (at,),
+        (need("new", not_(mark[at])),),
+        (mark[at].to(True),),
+    )
+    no_gap = claim(
+        "no_gap",
+        forall(
+            {"j": place, "n": place},
+            lambda j, n: implies(all_of(j.lt(n), marked.below(n).eq(n)), mark[j]),
+        ),
+    )
+    some = claim("some", forall({"n": place}, lambda n: marked.below(n).lt(n + 1)))
+    wrong = claim("wrong", forall({"n": place}, lambda n: marked.below(n).lt(n)))
+    system = System("marks", (mark,), (put,), (no_gap, some, wrong))
+    assert Unbounded(system).sized == frozenset()
+    assert proved(system, "no_gap")
+    assert proved(system, "some")
+    assert not proved(system, "wrong")
 
 
 def test_a_count_whose_predicate_reads_a_scalar():

@@ -21,6 +21,7 @@ from tdxmig_model.expr import (
     Choice,
     Constant,
     Count,
+    CountBelow,
     EnumType,
     Equal,
     ForAll,
@@ -150,6 +151,8 @@ class Writer:
                 return f"all({self.text(node.body)}{self.loops(node.bound)})", ATOM
             case Count():
                 return self._count(node)
+            case CountBelow():
+                return self._write(node.as_count())
             case _:
                 raise ModelError(f"no Python is known for {type(node).__name__}")
 

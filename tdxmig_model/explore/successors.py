@@ -16,6 +16,7 @@ from tdxmig_model.expr import (
     And,
     Assign,
     Count,
+    CountBelow,
     ForAll,
     Instance,
     Interpreter,
@@ -98,6 +99,8 @@ class FlatWriter(Writer):
             case ForAll():
                 parts = tuple(unrolled(node.bound, node.body, self.instance))
                 return self._write(simplify(And(parts), self.instance))
+            case CountBelow():
+                return self._write(node.as_count())
             case Count():
                 parts = tuple(unrolled((node.bound,), node.predicate, self.instance))
                 certain = sum(p == TRUE for p in parts)

@@ -20,6 +20,7 @@ from tdxmig_model.expr import (
     BoolType,
     Choice,
     Count,
+    CountBelow,
     EnumType,
     Equal,
     ForAll,
@@ -286,6 +287,8 @@ class _Promela:
             case Count():
                 terms = unrolled((node.bound,), node.predicate, self.instance)
                 return " + ".join(map(self.at, terms)) or "0"
+            case CountBelow():
+                return self.text(node.as_count())
             case _:
                 raise ModelError(f"no Promela is known for {type(node).__name__}")
 

@@ -20,6 +20,7 @@ from tdxmig_model.expr import (
     Choice,
     Constant,
     Count,
+    CountBelow,
     EnumType,
     Equal,
     ForAll,
@@ -301,7 +302,8 @@ class _Tla:
         """A term that can stand beside any operator."""
         text = self.text(node)
         simple = isinstance(
-            node, Literal | Constant | Size | Parameter | Bound | Variable | Read | Count
+            node,
+            Literal | Constant | Size | Parameter | Bound | Variable | Read | Count | CountBelow,
         )
         return text if simple and not text.startswith("-") else f"({text})"
 
@@ -331,6 +333,8 @@ class _Tla:
                 return "IF {} THEN {} ELSE {}".format(*parts)
             case Lookup():
                 return self._lookup(node)
+            case CountBelow():
+                return self._count(node.as_count())
             case Count():
                 closed = self._closed(node)
                 return self.names.give("count", node.name) if closed else self._count(node)

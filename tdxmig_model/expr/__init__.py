@@ -13,6 +13,7 @@ from tdxmig_model.expr.build import (
     not_,
     subterms,
 )
+from tdxmig_model.expr.counts import Count, CountBelow
 from tdxmig_model.expr.interp import (
     Instance,
     Interpreter,
@@ -30,7 +31,6 @@ from tdxmig_model.expr.nodes import (
     Bound,
     Choice,
     Constant,
-    Count,
     Equal,
     ForAll,
     Less,
@@ -85,6 +85,7 @@ __all__ = [
     "Choice",
     "Constant",
     "Count",
+    "CountBelow",
     "EnumType",
     "Equal",
     "ForAll",

@@ -7,11 +7,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from tdxmig_model.errors import ModelError
+from tdxmig_model.expr.counts import Count
 from tdxmig_model.expr.nodes import (
     And,
     Bound,
     Choice,
-    Count,
     ForAll,
     Literal,
     Lookup,

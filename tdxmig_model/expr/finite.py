@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 from tdxmig_model.errors import ModelError
 from tdxmig_model.expr.build import subterms
+from tdxmig_model.expr.counts import Count, CountBelow
 from tdxmig_model.expr.interp import Instance, Value
 from tdxmig_model.expr.nodes import (
     Add,
@@ -27,7 +28,6 @@ from tdxmig_model.expr.nodes import (
     Bound,
     Choice,
     Constant,
-    Count,
     Equal,
     ForAll,
     Less,
@@ -229,6 +229,8 @@ def defined(node: Node, instance: Instance) -> Node:
         case ForAll():
             inner = defined(node.body, instance)
             return TRUE if inner == TRUE else ForAll(node.bound, inner)
+        case CountBelow():
+            return defined(node.as_count(), instance)
         case Count():
             inner = defined(node.predicate, instance)
             return TRUE if inner == TRUE else ForAll((node.bound,), inner)
@@ -312,6 +314,8 @@ def simplify(node: Node, instance: Instance, env: Environment | None = None) -> 
             inner = _without(known, node.bound)
             body = simplify(node.body, instance, inner)
             return body if isinstance(body, Literal) else ForAll(node.bound, body)
+        case CountBelow():
+            return simplify(node.as_count(), instance, known)
         case Count():
             inner = _without(known, (node.bound,))
             return Count(node.name, node.bound, simplify(node.predicate, instance, inner))

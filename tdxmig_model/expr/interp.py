@@ -17,13 +17,13 @@ from itertools import product
 from typing import Any
 
 from tdxmig_model.errors import ModelError
+from tdxmig_model.expr.counts import Count, CountBelow
 from tdxmig_model.expr.nodes import (
     Add,
     And,
     Bound,
     Choice,
     Constant,
-    Count,
     Equal,
     ForAll,
     Less,
@@ -196,6 +196,8 @@ class Interpreter:
                     bool(self.value(node.predicate, state, {**env, **choice}))
                     for choice in self._choices((node.bound,))
                 )
+            case CountBelow():
+                return self.value(node.as_count(), state, env)
             case _:
                 raise ModelError(f"the interpreter does not know {type(node).__name__}")
 

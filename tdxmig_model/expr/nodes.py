@@ -531,27 +531,6 @@ class ForAll(Node):
 
 
 @dataclass(frozen=True, slots=True)
-class Count(Node):
-    """How many elements of an index satisfy a predicate: the only way for a guard to speak of all
-    elements.
-    """
-
-    name: str
-    bound: Bound
-    predicate: Node
-
-    @property
-    def type(self) -> Type:
-        return INT
-
-    def children(self) -> tuple[Node, ...]:
-        return (self.predicate,)
-
-    def __str__(self) -> str:
-        return self.name
-
-
-@dataclass(frozen=True, slots=True)
 class Assign:
     """One update: a scalar, one element of a map, or (with `bound`) every element of a map."""
 

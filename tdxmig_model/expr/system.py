@@ -14,11 +14,11 @@ from dataclasses import dataclass, field, replace
 
 from tdxmig_model.errors import ModelError
 from tdxmig_model.expr.build import subterms
+from tdxmig_model.expr.counts import Count
 from tdxmig_model.expr.nodes import (
     Assign,
     Bound,
     Constant,
-    Count,
     ForAll,
     Literal,
     MapVariable,

@@ -20,6 +20,7 @@ from tdxmig_model.expr import (
     Choice,
     Constant,
     Count,
+    CountBelow,
     EnumType,
     Equal,
     ForAll,
@@ -90,6 +91,10 @@ class Encoder(ABC):
     def counted(self, node: Count, view: View, env: Environment) -> Term:
         """The number of elements that satisfy the predicate."""
 
+    def counted_below(self, node: CountBelow, view: View, env: Environment) -> Term:
+        """The number of elements before a limit that satisfy the predicate."""
+        return self.counted(node.as_count(), view, env)
+
     def literal(self, node: Literal) -> Term:
         """A literal of any type."""
         if isinstance(node.value, bool):
@@ -143,6 +148,8 @@ class Encoder(ABC):
                 return self.quantified(node, view, env)
             case Count():
                 return self.counted(node, view, env)
+            case CountBelow():
+                return self.counted_below(node, view, env)
             case _:
                 raise ModelError(f"the z3 encoding does not know {type(node).__name__}")
 

@@ -17,6 +17,7 @@ from tdxmig_model.expr import (
     Choice,
     Constant,
     Count,
+    CountBelow,
     EnumType,
     Equal,
     ForAll,
@@ -208,6 +209,12 @@ class Unbounded(Encoder):
     def counted(self, node: Count, view: View, env: Environment) -> Term:
         return view.prefixes[node.name](self.size(node.bound.kind))
 
+    def counted_below(self, node: CountBelow, view: View, env: Environment) -> Term:
+        limit, kind = self.term(node.limit, view, env), node.of.bound.kind
+        if kind.name in self.sized:  # no element lies behind the last one
+            limit = z.choose(z.at_most(limit, self.size(kind)), limit, self.size(kind))
+        return view.prefixes[node.of.name](limit)
+
     # Quantifiers.
 
     def quantified(self, node: ForAll, view: View, env: Environment) -> Term:
@@ -274,13 +281,23 @@ def sized_indexes(system: System) -> frozenset[str]:
         formulas += [a.value for a in step.then]
         formulas += [k for a in step.then for k in a.keys]
     for formula in formulas:
-        for node in subterms(formula):
-            if isinstance(node, Size):
-                found.add(node.of.name)
-            elif isinstance(node, Count):
-                found.add(node.bound.kind.name)
+        found |= {k.name for k in _counted_to_the_end(formula)}
         found |= {b.kind.name for b in _conditions(formula, positive=True)}
     return frozenset(found)
+
+
+def _counted_to_the_end(node: Node) -> Iterator[IndexType]:
+    """Indexes whose last element a formula can tell: a count below a limit cannot."""
+    if isinstance(node, CountBelow):
+        yield from _counted_to_the_end(node.of.predicate)
+        yield from _counted_to_the_end(node.limit)
+        return
+    if isinstance(node, Size):
+        yield node.of
+    elif isinstance(node, Count):
+        yield node.bound.kind
+    for child in node.children():
+        yield from _counted_to_the_end(child)
 
 
 def _conditions(node: Node, *, positive: bool) -> Iterator[Bound]:
