@@ -21,12 +21,15 @@ from toy_handover import (
     WORKER,
     WORKERS,
     c,
+    claim,
     copied,
     dirty,
     dirty_cells,
     dirty_count,
+    host_row,
     lane,
     phase,
+    proved,
     taken,
     taken_workers,
     toy,
@@ -40,7 +43,6 @@ from tdxmig_model.expr import (
     Instance,
     Interpreter,
     MapVariable,
-    Property,
     Size,
     System,
     all_of,
@@ -49,7 +51,6 @@ from tdxmig_model.expr import (
     count,
     forall,
     implies,
-    index,
     mapping,
     need,
     not_,
@@ -69,14 +70,6 @@ from tdxmig_model.smt.unbounded import Unbounded, sized_indexes
 from tdxmig_model.smt.z3api import Answer, Solver
 
 INSTANCE = Instance(TOY_SIZES)
-
-
-def claim(name: str, formula, level: str = "leaf", **more) -> Property:
-    return Property(name, formula, f"{name}.", level, **more)
-
-
-def proved(system: System, name: str, seed: int = 0) -> bool:
-    return prove(system, seed=seed).proves(name)
 
 
 # --- the same meaning as the interpreter ----------------------------------------------------------
@@ -270,10 +263,6 @@ def test_counts_are_compared_element_by_element():
     assert not proved(toy(claim("more", dirty_cells.le(both))), "more")
 
 
-def row(name, params, when, then):
-    return step(name, "host", params, when=when, then=then, why="toy", cite="none")
-
-
 def test_one_more_element_says_nothing_if_another_is_missing():
     """A dirty cell that lane 0 did not copy makes the dirty ones more only if they are all."""
     on_lane = count("copied on lane 0", CELL, lambda i: copied[0, i])
@@ -299,13 +288,13 @@ def test_two_maps_written_at_different_elements_change_a_count_at_both():
     other = param("other", CELL)
     seen = mapping("seen", (CELL,), BOOL, False, "host")
     marked = count("marked", CELL, lambda i: any_of(dirty[i], seen[i]))
-    put = row(
+    put = host_row(
         "put", (c, other), (need("none", marked.eq(0)),), (dirty[c].to(True), seen[other].to(True))
     )
     one, two = claim("one", marked.lt(2)), claim("two", marked.lt(3))
     system = System("marks", (dirty, seen), (put,), (one, two))
     assert not proved(system, "one")
-    again = row("put", (c,), put.when, (dirty[c].to(True), seen[c].to(True)))
+    again = host_row("put", (c,), put.when, (dirty[c].to(True), seen[c].to(True)))
     assert proved(replace(system, steps=(again,), _by_name={}), "one")
 
 
@@ -313,81 +302,15 @@ def test_what_holds_of_every_element_says_nothing_of_positions_past_the_last():
     place, value = scalar("place", INT, 0, "host"), scalar("value", INT, 0, "host")
     level = mapping("level", (CELL,), INT, 0, "host")
     steps = (
-        row("move", (), (), (place.to(place + 1),)),
-        row("past", (), (need("past", place.ge(Size(CELL))),), (level[place].to(9),)),
-        row("load", (), (), (value.to(level[place]),)),
+        host_row("move", (), (), (place.to(place + 1),)),
+        host_row("past", (), (need("past", place.ge(Size(CELL))),), (level[place].to(9),)),
+        host_row("load", (), (), (value.to(level[place]),)),
     )
     low = claim("low", forall({"c": CELL}, lambda i: level[i].eq(0)))
     loaded = claim("loaded", value.eq(0))
     result = prove(System("past", (place, value, level), steps, (low, loaded)))
     assert result.proves("low")
     assert not result.proves("loaded")
-
-
-def _limited_marks():
-    """Marked cells below a limit: a count that a scalar changes at several elements at once."""
-    limit = scalar("limit", INT, 0, "host")
-    mark = mapping("mark", (CELL,), BOOL, False, "host")
-    marked = count("marked below", CELL, lambda i: all_of(mark[i], i.lt(limit)))
-    return limit, mark, marked
-
-
-def test_a_limit_that_moves_may_change_more_than_the_written_element():
-    limit, mark, marked = _limited_marks()
-    put = row("put", (c,), (need("low", limit.eq(0)),), (mark[c].to(True),))
-    lift = row("lift", (c,), (), (mark[c].to(mark[c]), limit.to(choose(limit.eq(0), 2, 0))))
-    range_of = claim("range", any_of(limit.eq(0), limit.eq(2)), "lemma")
-    one = claim("one", marked.lt(2))
-    system = System("marks", (limit, mark), (put, lift), (one, range_of))
-    assert not proved(system, "one")
-    assert proved(system, "range")
-
-
-def test_a_count_of_a_prefix_grows_by_the_appended_element():
-    """An append moves the limit and writes the element there: the count grows by exactly one."""
-    limit, mark, marked = _limited_marks()
-    room = need("room", limit.lt(Size(CELL)))
-    append = row("append", (), (room,), (mark[limit].to(True), limit.to(limit + 1)))
-    exact = claim("exact", marked.eq(limit))
-    start = claim("start", limit.ge(0), "lemma")
-    system = System("marks", (limit, mark), (append,), (exact, start))
-    assert proved(system, "exact")
-    assert not proved(replace(system, properties=(claim("exact", marked.lt(limit)),)), "exact")
-
-
-def test_as_many_marks_as_places_leave_no_gap():
-    """The pigeonhole, for an index without a size: n marks below n are all of them."""
-    place = index("Place")
-    mark = mapping("mark", (place,), BOOL, False, "host")
-    marked = count("marks", place, lambda i: mark[i])
-    at = param("at", place)
-    put = row(
-        "put",
-        (at,),
-        (need("new", not_(mark[at])),),
-        (mark[at].to(True),),
-    )
-    no_gap = claim(
-        "no_gap",
-        forall(
-            {"j": place, "n": place},
-            lambda j, n: implies(all_of(j.lt(n), marked.below(n).eq(n)), mark[j]),
-        ),
-    )
-    some = claim("some", forall({"n": place}, lambda n: marked.below(n).lt(n + 1)))
-    wrong = claim("wrong", forall({"n": place}, lambda n: marked.below(n).lt(n)))
-    system = System("marks", (mark,), (put,), (no_gap, some, wrong))
-    assert Unbounded(system).sized == frozenset()
-    assert proved(system, "no_gap")
-    assert proved(system, "some")
-    assert not proved(system, "wrong")
-
-
-def test_a_count_whose_predicate_reads_a_scalar():
-    """`last` moves, so the number of cells below it changes at more than one element."""
-    below = count("dirty below last", CELL, lambda i: all_of(dirty[i], i.lt(dirty_count)))
-    assert proved(toy(claim("bounded", below.le(dirty_cells))), "bounded")
-    assert not proved(toy(claim("none", below.eq(0))), "none")
 
 
 def test_two_indexes_are_updated_at_one_pair():

@@ -28,6 +28,7 @@ from tdxmig_model.expr import (
     sort,
     step,
 )
+from tdxmig_model.smt.induction import prove
 
 PHASE = enum("Phase", "RUNNING", "PAUSED", "DONE")
 RUNNING, PAUSED, DONE = (member(PHASE, name) for name in PHASE.members)
@@ -135,3 +136,15 @@ def toy(*properties: Property, steps=STEPS, goals=(REACHED,)) -> System:
 
 
 SAFE = toy(CLEAN, WORKERS, COUNTED, NONE_TAKEN)
+
+
+def claim(name: str, formula, level: str = "leaf", **more) -> Property:
+    return Property(name, formula, f"{name}.", level, **more)
+
+
+def proved(system: System, name: str, seed: int = 0) -> bool:
+    return prove(system, seed=seed).proves(name)
+
+
+def host_row(name, params, when, then):
+    return step(name, "host", params, when=when, then=then, why="toy", cite="none")
