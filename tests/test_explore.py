@@ -44,6 +44,7 @@ from tdxmig_model.expr import (
 from tdxmig_model.expr.finite import ceilings
 from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.lifecycle import LIFECYCLE
+from tdxmig_model.model.words import PROFILES
 
 # --- an independent search: the interpreter over maps that refuse positions outside --------------
 
@@ -245,14 +246,14 @@ def test_random_systems_have_the_states_of_the_interpreter(third: int) -> None:
     assert clipped >= 1
 
 
-@pytest.mark.parametrize("profile", LIFECYCLE.profiles)
+@pytest.mark.parametrize("profile", PROFILES)
 def test_the_lifecycle_has_the_states_of_the_interpreter(profile: str) -> None:
     system = LIFECYCLE.under(profile)
     sizes = {"Vcpu": 1, "Message": 4, "Epoch": 4, "Page": 1, "Stream": 1}
     compare(system, Instance.small(system, sizes))
 
 
-@pytest.mark.parametrize("profile", LEAF.profiles)
+@pytest.mark.parametrize("profile", PROFILES)
 def test_the_leaf_model_has_the_states_of_the_interpreter(profile: str) -> None:
     """Within five steps; its states as a whole are too many for the interpreter."""
     system = LEAF.under(profile)
@@ -413,7 +414,7 @@ def test_literals_of_goals_are_formulas() -> None:
     assert explore(HIVE, SMALL, goals={"yes": Literal(True, BOOL)}).reached == {"yes": ()}
 
 
-@pytest.mark.parametrize("profile", LIFECYCLE.profiles)
+@pytest.mark.parametrize("profile", PROFILES)
 def test_lifecycle_invariants_hold_and_goals_are_met(profile: str) -> None:
     system = LIFECYCLE.under(profile)
     sizes = {"Vcpu": 2, "Message": 6, "Epoch": 4, "Page": 1, "Stream": 1}

@@ -42,6 +42,7 @@ from tdxmig_model.expr import (
 )
 from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.lifecycle import LIFECYCLE
+from tdxmig_model.model.words import PROFILES
 
 # --- a toy with every kind of term --------------------------------------------------------------
 
@@ -193,7 +194,7 @@ LEAF_SIZES = {"Vcpu": 1, "Message": 1, "Epoch": 4, "Page": 1, "Stream": 1}
 
 
 @SPIN
-@pytest.mark.parametrize("profile", LIFECYCLE.profiles)
+@pytest.mark.parametrize("profile", PROFILES)
 def test_spin_counts_the_states_of_the_lifecycle(tmp_path: Path, profile: str) -> None:
     system = LIFECYCLE.under(profile)
     instance = Instance.small(system, LIFECYCLE_SIZES)
@@ -204,7 +205,7 @@ def test_spin_counts_the_states_of_the_lifecycle(tmp_path: Path, profile: str) -
 
 
 @SPIN
-@pytest.mark.parametrize("profile", LEAF.profiles)
+@pytest.mark.parametrize("profile", PROFILES)
 def test_spin_counts_the_states_of_the_leaf_model(tmp_path: Path, profile: str) -> None:
     system = LEAF.under(profile)
     instance = Instance.small(system, LEAF_SIZES)
@@ -258,7 +259,7 @@ def tlc_counts(output: str) -> tuple[int, int, int]:
 
 
 @TLC
-@pytest.mark.parametrize("profile", LIFECYCLE.profiles)
+@pytest.mark.parametrize("profile", PROFILES)
 def test_tlc_counts_the_states_of_the_lifecycle(tmp_path: Path, profile: str) -> None:
     system = LIFECYCLE.under(profile)
     instance = Instance.small(system, LIFECYCLE_SIZES)

@@ -6,14 +6,14 @@ import ast
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tdxmig_model.backend.soft.module import PROFILES as MODULE_PROFILES
 from tdxmig_model.expr import Instance, Interpreter, Property, System, initial_state
-from tdxmig_model.model.leaf import LEAF
-from tdxmig_model.model.lifecycle import LIFECYCLE
-from tdxmig_model.model.words import HARDENED, PROFILES, TDX_1_5_01
+from tdxmig_model.model.systems import SYSTEMS
+from tdxmig_model.model.words import HARDENED, PROFILES, TDX_1_5_01, repaired, unrepaired
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOFT = REPOSITORY / "tdxmig_model" / "backend" / "soft"
@@ -21,7 +21,6 @@ RULES = tomllib.loads((REPOSITORY / "specs" / "rules.toml").read_text())["rule"]
 _REPAIRS_FILE = tomllib.loads((REPOSITORY / "specs" / "repairs.toml").read_text())
 REPAIRS = _REPAIRS_FILE["repair"]
 DEMONSTRATIONS = _REPAIRS_FILE["demonstration"]
-SYSTEMS = (LIFECYCLE, LEAF)
 CLAIMED: dict[str, tuple[System, Property]] = {
     claimed.identifier: (system, claimed)
     for system in SYSTEMS
@@ -42,7 +41,8 @@ def test_every_rule_is_a_property_and_every_property_a_rule() -> None:
 def test_lemmas_and_rules_are_told_apart_by_their_level() -> None:
     levels = {claimed.level for system in SYSTEMS for claimed in system.properties}
     assert levels == {"lemma", "leaf", "lifecycle"}
-    assert all(claimed.level == system.name for system, claimed in CLAIMED.values())
+    for system, claimed in CLAIMED.values():
+        assert (claimed.level == "lifecycle") == (system.name == "lifecycle")
     assert sum(len(system.properties) for system in SYSTEMS) > len(CLAIMED)
 
 
@@ -73,29 +73,30 @@ def test_a_rule_has_a_witness_that_does_not_hold_at_the_start(identifier: str) -
 
 def test_ids_say_where_a_rule_comes_from() -> None:
     for identifier, (system, _) in CLAIMED.items():
-        assert identifier[0] in {"lifecycle": "O", "leaf": "PL"}[system.name]
+        assert identifier[0] in ("O" if system.name == "lifecycle" else "PL")
         assert identifier[1:].isdecimal()
 
 
 # --- repairs -------------------------------------------------------------------------------------
 
 
-def only_in(profile: str) -> tuple[set[tuple[str, str]], set[tuple[str, str]]]:
-    """The conjuncts and the updates that one profile has and no other."""
-    conjuncts, updates = set(), set()
+Places = set[tuple[str, str]]
+
+
+def only_in(*profiles: str) -> tuple[Places, Places, Places]:
+    """The conjuncts, the updates and the rows that these profiles have and no other."""
+    conjuncts, updates, rows = set(), set(), set()
+    wanted = frozenset(profiles)
     for system in SYSTEMS:
         for step in system.steps:
-            conjuncts |= {
-                (step.name, n.label) for n in step.when if n.profiles == frozenset({profile})
-            }
-            updates |= {
-                (step.name, a.target.name) for a in step.then if a.profiles == frozenset({profile})
-            }
-    return conjuncts, updates
+            conjuncts |= {(step.name, n.label) for n in step.when if n.profiles == wanted}
+            updates |= {(step.name, a.target.name) for a in step.then if a.profiles == wanted}
+            rows |= {(system.name, step.name) for _ in (1,) if step.profiles == wanted}
+    return conjuncts, updates, rows
 
 
-def listed(key: str) -> list[tuple[str, str]]:
-    return [(step, name) for repair in REPAIRS for step, name in repair[key]]
+def listed(repair: dict[str, Any], key: str) -> Places:
+    return {(step, name) for step, name in repair.get(key, ())}
 
 
 def test_repairs_are_numbered_from_1() -> None:
@@ -103,19 +104,26 @@ def test_repairs_are_numbered_from_1() -> None:
 
 
 def test_the_profiles_differ_in_the_listed_places_and_nowhere_else() -> None:
-    conjuncts, updates = only_in(HARDENED)
-    dropped_conjuncts, dropped_updates = only_in(TDX_1_5_01)
-    assert sorted(listed("conjuncts")) == sorted(conjuncts)
-    assert sorted(listed("updates")) == sorted(updates)
-    assert sorted(listed("replaces")) == sorted(dropped_updates)
-    assert not dropped_conjuncts
+    for repair in REPAIRS:
+        conjuncts, updates, rows = only_in(*repaired(repair["id"]))
+        assert listed(repair, "conjuncts") == conjuncts
+        assert listed(repair, "updates") == updates
+        assert listed(repair, "rows") == rows
+        conjuncts, updates, rows = only_in(*unrepaired(repair["id"]))
+        assert not conjuncts
+        assert listed(repair, "replaces") == updates
+        assert listed(repair, "removes") == rows
 
 
-def test_nothing_but_conjuncts_and_updates_depends_on_the_profile() -> None:
+def test_whatever_depends_on_the_profile_is_a_repair() -> None:
     assert set(PROFILES) == {HARDENED, TDX_1_5_01}
+    ids = [repair["id"] for repair in REPAIRS]
+    known = {frozenset(f(i)) for i in ids for f in (repaired, unrepaired)} | {None}
     for system in SYSTEMS:
-        assert all(step.profiles is None for step in system.steps)
         assert all(claimed.profiles is None for claimed in system.properties)
+        for step in system.steps:
+            assert {step.profiles, *(n.profiles for n in step.when)} <= known
+            assert {a.profiles for a in step.then} <= known
 
 
 def test_a_repair_restores_properties_and_says_which_the_model_states() -> None:
@@ -164,7 +172,8 @@ def test_the_software_module_asks_for_the_profile_where_a_repair_is() -> None:
 
 def test_a_repair_says_whether_the_model_has_it() -> None:
     for repair in REPAIRS:
-        places = repair["conjuncts"] + repair["updates"] + repair["replaces"]
+        keys = ("conjuncts", "updates", "replaces", "rows", "removes")
+        places = [place for key in keys for place in repair.get(key, ())]
         assert repair["model"] == bool(places), repair["id"]
         assert places or repair["software_module"]
 

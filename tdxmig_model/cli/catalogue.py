@@ -124,7 +124,7 @@ def _assign(assign: Assign) -> Item:
 
 
 def _in(profiles: frozenset[str] | None) -> list[str] | None:
-    return None if profiles is None else sorted(profiles)
+    return None if profiles is None else sorted(profiles & set(PROFILES))
 
 
 def _leaf(leaf: names.Leaf) -> Item:

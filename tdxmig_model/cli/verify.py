@@ -12,8 +12,7 @@ import click
 
 from tdxmig_model.cli import output
 from tdxmig_model.errors import UsageError
-from tdxmig_model.model.leaf import LEAF
-from tdxmig_model.model.lifecycle import LIFECYCLE
+from tdxmig_model.model.systems import SYSTEMS
 from tdxmig_model.model.words import HARDENED, PROFILES
 from tdxmig_model.smt.induction import Query
 from tdxmig_model.verify import Mutant, Report, Row, every, listed, mutants, verify
@@ -23,7 +22,6 @@ from tdxmig_model.verify.scope import not_stated
 if TYPE_CHECKING:
     from rich.console import Console
 
-SYSTEMS = (LIFECYCLE, LEAF)
 VERDICTS = ("proved", "exhausted", "bounded", "violated", "vacuous", "unknown")
 COLOURS = {
     "proved": "green",

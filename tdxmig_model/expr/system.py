@@ -297,9 +297,10 @@ def need(label: str, formula: Node, *profiles: str) -> Need:
     return Need(label, formula, frozenset(profiles) or None)
 
 
-def only(profile: str, *assigns: Assign) -> tuple[Assign, ...]:
-    """Updates that one profile has and the others do not."""
-    return tuple(replace(a, profiles=frozenset({profile})) for a in assigns)
+def only(profiles: str | Iterable[str], *assigns: Assign) -> tuple[Assign, ...]:
+    """Updates that one profile (or several) has and the others do not."""
+    having = frozenset({profiles} if isinstance(profiles, str) else profiles)
+    return tuple(replace(a, profiles=having) for a in assigns)
 
 
 def param(name: str, kind: Type) -> Parameter:

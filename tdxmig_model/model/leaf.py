@@ -10,7 +10,7 @@ from __future__ import annotations
 from tdxmig_model.expr import System
 from tdxmig_model.model import destination, network, source, source_state
 from tdxmig_model.model.leaf_properties import GOALS, LEMMAS, PROPERTIES
-from tdxmig_model.model.words import PROFILES
+from tdxmig_model.model.words import ALL_PROFILES
 
 LEAF = System(
     name="leaf",
@@ -26,5 +26,5 @@ LEAF = System(
         "a TD that became RUNNABLE on the destination starts no export of its own in this model",
         "counters are unbounded integers; the TDX module checks EXPORT_COUNT and MIG_EPOCH itself",
     ),
-    profiles=PROFILES,
+    profiles=ALL_PROFILES,
 )

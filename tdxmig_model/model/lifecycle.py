@@ -5,7 +5,7 @@ from __future__ import annotations
 from tdxmig_model.expr import System
 from tdxmig_model.model.lifecycle_events import DESTINATION_STEPS, SOURCE_STEPS, VARIABLES
 from tdxmig_model.model.lifecycle_properties import GOALS, LEMMAS, PROPERTIES
-from tdxmig_model.model.words import PROFILES
+from tdxmig_model.model.words import ALL_PROFILES
 
 LIFECYCLE = System(
     name="lifecycle",
@@ -17,5 +17,5 @@ LIFECYCLE = System(
         "both hosts follow the lifecycle; records arrive in the order in which they were sent",
         "a confirmation or an abort token reaches the source only if the destination made it",
     ),
-    profiles=PROFILES,
+    profiles=ALL_PROFILES,
 )

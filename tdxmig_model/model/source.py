@@ -57,7 +57,6 @@ from tdxmig_model.model.words import (
     EXPORTED_BLOCKEDW,
     EXPORTED_DIRTY,
     EXPORTED_DIRTY_BLOCKEDW,
-    HARDENED,
     IMMUTABLE_TD_STATE,
     INITIALIZED,
     LIVE_EXPORT,
@@ -82,9 +81,10 @@ from tdxmig_model.model.words import (
     START_EPOCH,
     STATE_IMPORT,
     STREAM,
-    TDX_1_5_01,
     UNINITIALIZED,
     VCPU,
+    repaired,
+    unrepaired,
 )
 
 p = param("p", PAGE)
@@ -103,7 +103,7 @@ def _in(*states: Literal) -> Need:
 
 def _no_unfinished_call() -> Need:
     """Repair R1: an unfinished EXPORT.MEM blocks every token."""
-    return need("no_unfinished_call", unfinished_calls.eq(0), HARDENED)
+    return need("no_unfinished_call", unfinished_calls.eq(0), *repaired("R1"))
 
 
 tracked: Node = any_of(
@@ -345,7 +345,7 @@ STEPS = (
         when=(
             _in(LIVE_EXPORT, PAUSED_EXPORT, POST_EXPORT),
             need("stream", i.lt(num_migs - 1)),
-            need("not_unfinished", not_(unfinished[i]), HARDENED),
+            need("not_unfinished", not_(unfinished[i]), *repaired("R1")),
         ),
         then=(
             unfinished[i].to(True),
@@ -359,7 +359,7 @@ STEPS = (
             ),
             # Repair R1: a bundle is counted when its MBMD leaves, not when its last entry is done.
             only(
-                HARDENED,
+                repaired("R1"),
                 next_mb_counter[i].to(next_mb_counter[i] + 1),
                 total_mb_count.to(total_mb_count + 1),
             ),
@@ -414,7 +414,7 @@ STEPS = (
                 choose(network.observed, True, network.log_complete[unfinished_bundle[i]])
             ),
             only(
-                TDX_1_5_01,
+                unrepaired("R1"),
                 next_mb_counter[i].to(next_mb_counter[i] + 1),
                 total_mb_count.to(total_mb_count + 1),
             ),
@@ -435,7 +435,7 @@ STEPS = (
             mig_epoch.to(mig_epoch + 1),
             total_mb_count.to(total_mb_count + 1),
             next_mb_counter[0].to(1),
-            only(TDX_1_5_01, unfinished[0].to(False)),
+            only(unrepaired("R1"), unfinished[0].to(False)),
             *network.make_bundle(
                 EPOCH_TOKEN, epoch=mig_epoch + 1, counter=0, total=total_mb_count + 1
             ),
@@ -464,11 +464,11 @@ STEPS = (
     step(
         "export_state_td",
         SOURCE,
-        when=(_in(PAUSED_EXPORT), need("not_unfinished", not_(unfinished[0]), HARDENED)),
+        when=(_in(PAUSED_EXPORT), need("not_unfinished", not_(unfinished[0]), *repaired("R1"))),
         then=(
             total_mb_count.to(total_mb_count + 1),
             next_mb_counter[0].to(next_mb_counter[0] + 1),
-            only(TDX_1_5_01, unfinished[0].to(False)),
+            only(unrepaired("R1"), unfinished[0].to(False)),
             *network.make_bundle(MUTABLE_TD_STATE, epoch=mig_epoch, counter=next_mb_counter[0]),
         ),
         why="The TD-scope state is final only when the TD is paused.",
@@ -482,13 +482,13 @@ STEPS = (
             _in(PAUSED_EXPORT),
             need("stream", i.lt(num_migs - 1)),
             need("not_exported_yet", vcpu_export_count[v].ne(export_count)),
-            need("not_unfinished", not_(unfinished[i]), HARDENED),
+            need("not_unfinished", not_(unfinished[i]), *repaired("R1")),
         ),
         then=(
             vcpu_export_count[v].to(export_count),
             total_mb_count.to(total_mb_count + 1),
             next_mb_counter[i].to(next_mb_counter[i] + 1),
-            only(TDX_1_5_01, unfinished[i].to(False)),
+            only(unrepaired("R1"), unfinished[i].to(False)),
             *network.make_bundle(
                 MUTABLE_VCPU_STATE, epoch=mig_epoch, counter=next_mb_counter[i], stream=i
             ),
@@ -512,7 +512,7 @@ STEPS = (
             mig_epoch.to(START_EPOCH),
             total_mb_count.to(total_mb_count + 1),
             next_mb_counter[0].to(1),
-            only(TDX_1_5_01, unfinished[0].to(False)),
+            only(unrepaired("R1"), unfinished[0].to(False)),
             *network.make_bundle(
                 EPOCH_TOKEN, epoch=START_EPOCH, counter=0, total=total_mb_count + 1
             ),

@@ -14,6 +14,34 @@ NETWORK = "network"
 HARDENED = "hardened"
 TDX_1_5_01 = "tdx-1.5.01"
 PROFILES = (HARDENED, TDX_1_5_01)
+"""The profiles that a user can choose; the others tell which repair removes a counterexample."""
+
+REPAIRS = tuple(f"R{n}" for n in range(1, 14))
+"""The repairs of the hardened profile, by their ids in specs/repairs.toml."""
+
+
+def without(repair: str) -> str:
+    """The name of the profile that has every repair but one."""
+    return f"{HARDENED} without {repair}"
+
+
+_STANDING: dict[str, frozenset[str]] = {
+    HARDENED: frozenset(REPAIRS),
+    TDX_1_5_01: frozenset(),
+    **{without(r): frozenset(REPAIRS) - {r} for r in REPAIRS},
+}
+ALL_PROFILES = tuple(_STANDING)
+
+
+def repaired(repair: str) -> tuple[str, ...]:
+    """The profiles that have a repair."""
+    return tuple(p for p, standing in _STANDING.items() if repair in standing)
+
+
+def unrepaired(repair: str) -> tuple[str, ...]:
+    """The profiles that lack a repair."""
+    return tuple(p for p, standing in _STANDING.items() if repair not in standing)
+
 
 MODULE = "TDX module 1.5.01"
 

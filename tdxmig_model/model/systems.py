@@ -1,0 +1,8 @@
+"""Every model of the project, in the order in which verdicts are given."""
+
+from __future__ import annotations
+
+from tdxmig_model.model.leaf import LEAF
+from tdxmig_model.model.lifecycle import LIFECYCLE
+
+SYSTEMS = (LIFECYCLE, LEAF)
