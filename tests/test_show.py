@@ -268,7 +268,7 @@ def test_a_profile_shows_what_only_it_has(profile: str, capsys: pytest.CaptureFi
         (part, step.name)
         for system in (LEAF, LIFECYCLE)
         for step in system.steps
-        for part, things in (("conjunct", step.when), ("update", step.then))
+        for part, things in (("row", (step,)), ("conjunct", step.when), ("update", step.then))
         for thing in things
         if thing.profiles is not None and thing.profiles & set(PROFILES) == {profile}
     ]

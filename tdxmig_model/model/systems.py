@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.lifecycle import LIFECYCLE
+from tdxmig_model.model.order import ORDER
 
-SYSTEMS = (LIFECYCLE, LEAF)
+SYSTEMS = (LIFECYCLE, LEAF, ORDER)
