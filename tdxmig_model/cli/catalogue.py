@@ -15,6 +15,7 @@ from tdxmig_model import names
 from tdxmig_model.backend.soft import status
 from tdxmig_model.errors import UsageError
 from tdxmig_model.expr import Assign, EnumType, Goal, Need, Property, Step, System, Variable
+from tdxmig_model.model.control_properties import CONTROL
 from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.lifecycle import LIFECYCLE
 from tdxmig_model.model.words import HARDENED, PROFILES
@@ -22,7 +23,7 @@ from tdxmig_model.project import Edge, edges
 
 Item = dict[str, Any]
 
-SYSTEMS = (LEAF, LIFECYCLE)
+SYSTEMS = (LEAF, LIFECYCLE, CONTROL)
 # Model, the variable that holds the state of a side, and the side.
 STATES = (
     (LEAF, "source_op_state", "source"),
@@ -30,7 +31,11 @@ STATES = (
     (LIFECYCLE, "source_phase", "source"),
     (LIFECYCLE, "destination_phase", "destination"),
 )
-_KINDS = {LEAF.name: names.Kind.LEAF, LIFECYCLE.name: names.Kind.LIFECYCLE}
+_KINDS = {
+    LEAF.name: names.Kind.LEAF,
+    LIFECYCLE.name: names.Kind.LIFECYCLE,
+    CONTROL.name: names.Kind.LEAF,
+}
 
 
 def find(name: str, profile: str = HARDENED) -> list[Item]:
@@ -291,7 +296,7 @@ def _only_in(profile: str) -> Iterator[Item]:
                 if has(assign.profiles):
                     yield {**where, "what": "update", "text": str(assign)}
         for claimed in system.properties:
-            if has(claimed.profiles):
+            if claimed.level != "lemma" and has(claimed.profiles):
                 text = f"{claimed.identifier}: {claimed.sentence}"
                 yield {"model": system.name, "step": None, "what": "property", "text": text}
 

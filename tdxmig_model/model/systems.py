@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from tdxmig_model.model.control_properties import CONTROL
 from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.lifecycle import LIFECYCLE
 
-SYSTEMS = (LIFECYCLE, LEAF)
+SYSTEMS = (LIFECYCLE, LEAF, CONTROL)
