@@ -14,6 +14,7 @@ from tdxmig_model.backend.soft.module import PROFILES as MODULE_PROFILES
 from tdxmig_model.expr import Instance, Interpreter, Property, System, initial_state
 from tdxmig_model.model.systems import SYSTEMS
 from tdxmig_model.model.words import HARDENED, PROFILES, TDX_1_5_01, repaired, unrepaired
+from tdxmig_model.smt import parser_lemmas
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOFT = REPOSITORY / "tdxmig_model" / "backend" / "soft"
@@ -27,6 +28,11 @@ CLAIMED: dict[str, tuple[System, Property]] = {
     for claimed in system.properties
     if claimed.level != "lemma"
 }
+SENTENCES = {
+    **{identifier: claimed.sentence for identifier, (_, claimed) in CLAIMED.items()},
+    **parser_lemmas.SENTENCES,
+}
+"""Of everything that is stated: by a model, or by lemmas about machine widths."""
 
 
 # --- rules ---------------------------------------------------------------------------------------
@@ -133,10 +139,10 @@ def test_a_repair_restores_properties_and_says_which_the_model_states() -> None:
         assert repair["what"].endswith(".")
         assert repair["restores"]
         for restored in repair["restores"]:
-            stated = restored["id"] in CLAIMED
+            stated = restored["id"] in SENTENCES
             assert restored["stated"] == stated, f"{repair['id']} restores {restored['id']}"
             if stated:
-                assert restored["sentence"] == CLAIMED[restored["id"]][1].sentence
+                assert restored["sentence"] == SENTENCES[restored["id"]]
 
 
 def functions(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.FunctionDef]]:
