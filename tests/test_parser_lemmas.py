@@ -22,9 +22,11 @@ from tdxmig_model.backend.soft.metadata import (
 from tdxmig_model.cli import main
 from tdxmig_model.model.words import ALL_PROFILES, HARDENED, TDX_1_5_01, repaired
 from tdxmig_model.smt import parser_lemmas as lemmas
+from tdxmig_model.smt import widths
 from tdxmig_model.smt import z3api as z
-from tdxmig_model.verify import Report, verify_parser
+from tdxmig_model.verify import Report, verify_widths
 
+ABOUT_LISTS = ("P24", "P26")
 PAGE = 4096
 WRITE_MASK_VALID = 1 << 51
 
@@ -70,7 +72,7 @@ def verdicts(report: Report) -> dict[str, str]:
 
 
 def test_hardened_reads_nothing_outside_a_list() -> None:
-    report = verify_parser(HARDENED)
+    report = verify_widths(HARDENED, ABOUT_LISTS)
     assert report.holds
     assert set(verdicts(report).values()) == {"proved"}
     assert [row.identifier for row in report.rows if row.level == "leaf"] == ["P24", "P26"]
@@ -79,7 +81,7 @@ def test_hardened_reads_nothing_outside_a_list() -> None:
 
 def test_the_published_module_reads_outside_a_list_that_is_too_short() -> None:
     """CVE-2025-32007 (melllvar): the first counterexample is a list shorter than its header."""
-    report = verify_parser(TDX_1_5_01)
+    report = verify_widths(TDX_1_5_01, ABOUT_LISTS)
     found = verdicts(report)
     assert (found.pop("P24"), found.pop("P26")) == ("violated", "proved")
     assert {name for name, verdict in found.items() if verdict != "proved"} == set(COUNTEREXAMPLES)
@@ -97,7 +99,7 @@ def test_the_answers_do_not_depend_on_the_seed(profile: str, seed: int) -> None:
 @pytest.mark.parametrize("profile", ALL_PROFILES)
 def test_only_one_repair_is_about_lists(profile: str) -> None:
     wanted = "proved" if profile in repaired("R2") else "violated"
-    assert verdicts(verify_parser(profile))["P24"] == wanted
+    assert verdicts(verify_widths(profile, ABOUT_LISTS))["P24"] == wanted
 
 
 @pytest.mark.parametrize("check", lemmas.CHECKS)
@@ -108,8 +110,8 @@ def test_each_check_is_needed(check: str) -> None:
 
 def test_a_claim_about_nothing_is_vacuous() -> None:
     size = z.bits_const("size", 16)
-    nothing = lemmas.Lemma("none", "P24", "check", "Nothing.", (z.FALSE,), z.TRUE, {"size": size})
-    assert lemmas.decide(nothing).verdict == "vacuous"
+    nothing = widths.Lemma("none", "P24", "check", "Nothing.", (z.FALSE,), z.TRUE, {"size": size})
+    assert widths.decide(nothing).verdict == "vacuous"
 
 
 def test_every_lemma_has_a_name_and_a_sentence() -> None:
@@ -193,7 +195,15 @@ def test_verify_judges_the_lemmas_of_a_property(
     assert main(command) == code
     answer = json.loads(capsys.readouterr().out)
     row = answer["properties"][0]
-    assert (row["id"], row["model"], row["method"]) == ("P24", "parser", "bit-vector lemma")
+    assert (row["id"], row["model"], row["method"]) == ("P24", "widths", "bit-vector lemma")
     assert row["verdict"] == ("violated" if code else "proved")
-    stated = {"P24", "P26", "P20", "P21", "P22", "P23", "P25"}
+    stated = {"P24", "P26", "P49", "P20", "P21", "P22", "P23", "P25"}
     assert not stated & {p["id"] for p in answer["not_stated"]}
+
+
+def test_show_finds_a_property_of_lemmas(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["show", "p24"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert lemmas.SENTENCES["P24"] in text
+    for lemma in lemmas.lemmas(HARDENED):
+        assert (f"{lemma.identifier}: {lemma.sentence}" in text) == (lemma.claims == "P24")

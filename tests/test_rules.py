@@ -14,7 +14,7 @@ from tdxmig_model.backend.soft.module import PROFILES as MODULE_PROFILES
 from tdxmig_model.expr import Instance, Interpreter, Property, System, initial_state
 from tdxmig_model.model.systems import SYSTEMS
 from tdxmig_model.model.words import HARDENED, PROFILES, TDX_1_5_01, repaired, unrepaired
-from tdxmig_model.smt import parser_lemmas
+from tdxmig_model.verify import widths
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOFT = REPOSITORY / "tdxmig_model" / "backend" / "soft"
@@ -30,7 +30,7 @@ CLAIMED: dict[str, tuple[System, Property]] = {
 }
 SENTENCES = {
     **{identifier: claimed.sentence for identifier, (_, claimed) in CLAIMED.items()},
-    **parser_lemmas.SENTENCES,
+    **widths.SENTENCES,
 }
 """Of everything that is stated: by a model, or by lemmas about machine widths."""
 

@@ -46,6 +46,7 @@ _KINDS = {
     "leaf properties": ("property",),
     "lifecycle properties": ("property",),
     "control properties": ("property",),
+    "widths properties": ("property",),
     "leaf lemmas": ("property",),
     "lifecycle lemmas": ("property",),
     "control lemmas": ("property",),

@@ -15,10 +15,10 @@ from tdxmig_model.errors import UsageError
 from tdxmig_model.model.systems import SYSTEMS
 from tdxmig_model.model.words import HARDENED, PROFILES
 from tdxmig_model.smt.induction import Query
-from tdxmig_model.smt.parser_lemmas import SENTENCES
-from tdxmig_model.verify import Mutant, Report, Row, every, listed, mutants, verify, verify_parser
+from tdxmig_model.verify import Mutant, Report, Row, every, listed, mutants, verify, verify_widths
 from tdxmig_model.verify.mutants import Deletion
 from tdxmig_model.verify.scope import not_stated
+from tdxmig_model.verify.widths import SENTENCES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -125,9 +125,9 @@ def _reports(profile: str, properties: Sequence[str], jobs: int, seed: int) -> l
                 reports.append(
                     verify(system, profile, chosen or None, seed=seed, jobs=jobs, progress=tick)
                 )
-        about_lists = [name for name in properties if name in SENTENCES]
-        if about_lists or not properties:
-            reports.append(verify_parser(profile, about_lists or None, seed=seed, progress=tick))
+        by_lemmas = [name for name in properties if name in SENTENCES]
+        if by_lemmas or not properties:
+            reports.append(verify_widths(profile, by_lemmas or None, seed=seed, progress=tick))
     return reports
 
 

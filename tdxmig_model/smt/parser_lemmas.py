@@ -14,12 +14,10 @@ of the header (CVE-2025-32007) and takes write masks; what it lacks is repair R2
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Literal
 
-from tdxmig_model.model.words import repaired
 from tdxmig_model.smt import z3api as z
-from tdxmig_model.smt.z3api import Answer, Solver, Term
+from tdxmig_model.smt.widths import Checks, Lemma, Result, at_least, decide
+from tdxmig_model.smt.z3api import Term
 
 PAGE = 4096
 HEADER = 8
@@ -27,9 +25,6 @@ SLOT = 8
 WIDE = 32
 SIZE_BITS = 16
 """Bits of LIST_BUFF_SIZE, and of what the module counts as left of a list."""
-
-Kind = Literal["check", "subtraction", "read", "invariant", "definedness"]
-Verdict = Literal["proved", "violated", "vacuous", "unknown"]
 
 SENTENCES = {
     "P24": "The list parser reads nothing outside its list, and no subtraction of it wraps.",
@@ -51,59 +46,12 @@ CHECKS: dict[str, str | None] = {
 """Every check of the parser and of the exporter, with the repair that adds it (None: published)."""
 
 
-@dataclass(frozen=True, slots=True)
-class Lemma:
-    """One claim about one iteration: `claim` holds in every state that satisfies `given`."""
-
-    identifier: str
-    claims: str
-    kind: Kind
-    sentence: str
-    given: tuple[Term, ...]
-    claim: Term
-    shown: Mapping[str, Term]
-
-
-@dataclass(frozen=True, slots=True)
-class Result:
-    """The verdict on a lemma; `values` are a counterexample, by name."""
-
-    identifier: str
-    claims: str
-    kind: Kind
-    sentence: str
-    verdict: Verdict
-    values: Mapping[str, int] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Checks:
-    """Which checks stand: those of a profile, without the ones that a mutant deletes."""
-
-    profile: str
-    deleted: frozenset[str] = frozenset()
-
-    def stands(self, label: str) -> bool:
-        """Whether a check is made."""
-        repair = CHECKS[label]
-        present = repair is None or self.profile in repaired(repair)
-        return present and label not in self.deleted
-
-    def need(self, label: str, condition: Term) -> Term:
-        """What is known after a check: nothing where it is not made."""
-        return condition if self.stands(label) else z.TRUE
-
-
 def _number(value: int, width: int = WIDE) -> Term:
     return z.bits_value(value, width)
 
 
 def _wide(term: Term) -> Term:
     return z.bits_widened(term, WIDE)
-
-
-def _at_least(term: Term, value: int) -> Term:
-    return z.bits_at_most(_number(value, z.bits_width(term)), term)
 
 
 def _minus(term: Term, value: int) -> Term:
@@ -131,7 +79,7 @@ def _between_sequences(offset: Term, remaining: Term, size: Term) -> Term:
     """The invariant of the outer loop: the offset and what is left make the size."""
     return z.both(
         [
-            _at_least(offset, HEADER),
+            at_least(offset, HEADER),
             _aligned(offset),
             z.bits_at_most(offset, _number(PAGE)),
             z.equal(z.add(offset, _wide(remaining)), _wide(size)),
@@ -148,7 +96,7 @@ def _between_fields(first: Term, offset: Term, left: Term, size: Term, has_mask:
     one_field = z.choose(has_mask, _number(2 * SLOT), _number(SLOT))
     return z.both(
         [
-            _at_least(first, HEADER + SLOT),
+            at_least(first, HEADER + SLOT),
             z.bits_at_most(first, offset),
             _aligned(first),
             _aligned(offset),
@@ -167,7 +115,7 @@ def _opening(checks: Checks) -> Iterator[Lemma]:
     size = z.bits_const("list_size", SIZE_BITS)
     given = (
         checks.need("list_size_at_most_page", z.bits_at_most(size, _number(PAGE, SIZE_BITS))),
-        checks.need("list_size_at_least_header", _at_least(size, HEADER)),
+        checks.need("list_size_at_least_header", at_least(size, HEADER)),
     )
     shown = {"list_size": size, "remaining": _minus(size, HEADER)}
     yield Lemma(
@@ -176,7 +124,7 @@ def _opening(checks: Checks) -> Iterator[Lemma]:
         "subtraction",
         "What is left of a list behind its header is not negative (16 bits).",
         given,
-        _at_least(size, HEADER),
+        at_least(size, HEADER),
         shown,
     )
     yield Lemma(
@@ -197,7 +145,7 @@ def _sequences(checks: Checks) -> Iterator[Lemma]:
     offset = z.bits_const("offset", WIDE)
     shown = {"list_size": size, "remaining": remaining, "offset": offset}
     state = _between_sequences(offset, remaining, size)
-    enough = _at_least(remaining, 2 * SLOT)
+    enough = at_least(remaining, 2 * SLOT)
     before = checks.need("sequence_fits_before_read", enough)
     checked = (state, before, checks.need("sequence_fits", enough))
     yield Lemma(
@@ -215,7 +163,7 @@ def _sequences(checks: Checks) -> Iterator[Lemma]:
         "subtraction",
         "What is left for a sequence behind its header is not negative (32 bits).",
         checked,
-        _at_least(_wide(remaining), SLOT),
+        at_least(_wide(remaining), SLOT),
         shown,
     )
     first = z.add(offset, _number(SLOT))
@@ -305,7 +253,7 @@ def _fields(checks: Checks) -> Iterator[Lemma]:
         "subtraction",
         "What is left for a sequence behind its write mask is not negative (32 bits).",
         header_checked,
-        z.when(has_mask, _at_least(left, SLOT)),
+        z.when(has_mask, at_least(left, SLOT)),
         shown,
     )
     yield Lemma(
@@ -348,7 +296,7 @@ def _export(checks: Checks) -> Iterator[Lemma]:
     is_defined = z.equal(defined, _number(1, 1))
     shown = {"offset": offset, "byte": byte, "slots": slots, "defined": defined}
     below = z.when(z.bits_below(byte, offset), is_defined)
-    state = z.both([_at_least(offset, HEADER), z.bits_at_most(offset, _number(PAGE)), below])
+    state = z.both([at_least(offset, HEADER), z.bits_at_most(offset, _number(PAGE)), below])
     room = z.bits_subtract(_number(PAGE), offset)
     length = z.add(_wide(slots), _number(1))
     for _ in range(3):
@@ -406,46 +354,8 @@ _PARTS: tuple[Callable[[Checks], Iterator[Lemma]], ...] = (_opening, _sequences,
 
 def lemmas(profile: str, without: frozenset[str] = frozenset()) -> list[Lemma]:
     """Every lemma under a profile, without some checks."""
-    checks = Checks(profile, without)
+    checks = Checks(CHECKS, profile, without)
     return [lemma for part in _PARTS for lemma in part(checks)]
-
-
-def decide(lemma: Lemma, seed: int = 0) -> Result:
-    """The verdict on one lemma: a claim about no state at all is vacuous."""
-
-    def result(verdict: Verdict, values: Mapping[str, int] | None = None) -> Result:
-        found = values or {}
-        return Result(lemma.identifier, lemma.claims, lemma.kind, lemma.sentence, verdict, found)
-
-    solver = Solver(quantified=False, seed=seed)
-    solver.add(*lemma.given)
-    if solver.check() is not Answer.SAT:
-        return result("vacuous")
-    solver.add(z.negate(lemma.claim))
-    answer = solver.check()
-    if answer is Answer.UNSAT:
-        return result("proved")
-    if answer is Answer.UNKNOWN:
-        return result("unknown")
-    return result("violated", _smallest(solver, lemma.shown))
-
-
-def _smallest(solver: Solver, shown: Mapping[str, Term]) -> dict[str, int]:
-    """The counterexample that is smallest in its first value, then in the second, and so on."""
-    values: dict[str, int] = {}
-    for name, term in shown.items():
-        width = z.bits_width(term)
-        low, high = 0, (1 << width) - 1
-        while low < high:
-            middle = (low + high) // 2
-            solver.push()
-            solver.add(z.bits_at_most(term, _number(middle, width)))
-            fits = solver.check() is Answer.SAT
-            solver.pop()
-            low, high = (low, middle) if fits else (middle + 1, high)
-        solver.add(z.equal(term, _number(low, width)))
-        values[name] = low
-    return values
 
 
 def parser_lemmas(

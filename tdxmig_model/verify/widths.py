@@ -1,22 +1,32 @@
-"""Verdicts on what has no rows of a model: the arithmetic of metadata lists, lemma by lemma."""
+"""Verdicts on what depends on machine widths: metadata lists and counters, lemma by lemma."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
 
-from tdxmig_model.smt.parser_lemmas import SENTENCES, Lemma, Result, decide, lemmas
+from tdxmig_model.smt import counter_lemmas, parser_lemmas
+from tdxmig_model.smt.widths import Lemma, Result, decide
 from tdxmig_model.verify.judge import Report, Row, Verdict
 
-PARSER = "parser"
+WIDTHS = "widths"
+SENTENCES = {**parser_lemmas.SENTENCES, **counter_lemmas.SENTENCES}
+"""The properties that are stated by lemmas, by the id of the threat model."""
 METHOD = "bit-vector lemma"
 ASSUMPTIONS = (
     "a list is in a page of 4096 bytes, and a field of it has at most 16 elements of 8 bytes",
     "a list, its sequences and their fields are parsed in the order in which they stand",
+    *counter_lemmas.ASSUMPTIONS,
 )
 
 
-def verify_parser(
+def stated_lemmas(identifier: str, profile: str) -> list[Lemma]:
+    """The lemmas that say a property together; none for a property that is stated otherwise."""
+    every = parser_lemmas.lemmas(profile) + counter_lemmas.lemmas(profile)
+    return [lemma for lemma in every if lemma.claims == identifier]
+
+
+def verify_widths(
     profile: str,
     properties: Iterable[str] | None = None,
     *,
@@ -26,14 +36,14 @@ def verify_parser(
     """Judge the lemmas of a profile, and what they say together (all of it by default)."""
     begun = time.perf_counter()
     wanted = tuple(SENTENCES) if properties is None else tuple(properties)
-    judged = [_judged(x, seed) for x in lemmas(profile) if x.claims in wanted]
+    judged = [_judged(x, seed) for name in wanted for x in stated_lemmas(name, profile)]
     rows = [_together(name, [j for j in judged if j[0].claims == name]) for name in wanted]
     rows += [_row(result, ms) for result, ms in judged]
     if progress is not None:
         for row in rows:
-            progress(PARSER, row)
+            progress(WIDTHS, row)
     elapsed = (time.perf_counter() - begun) * 1000
-    return Report(PARSER, profile, tuple(rows), (), (), ASSUMPTIONS, len(judged), 0, elapsed)
+    return Report(WIDTHS, profile, tuple(rows), (), (), ASSUMPTIONS, len(judged), 0, elapsed)
 
 
 def _judged(lemma: Lemma, seed: int) -> tuple[Result, float]:
