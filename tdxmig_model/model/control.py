@@ -162,7 +162,17 @@ _running = need("running", call.eq(RUNNING))
 _interrupted = need("interrupted", call.eq(INTERRUPTED))
 _authentic = need("mbmd_mac", origin.ne(FORGED))
 _other = changed.to(any_of(changed, unfinished))
-_failed: tuple[Assign, ...] = (op_state.to(FAILED_IMPORT), call.to(NO_CALL))
+_failed: tuple[Assign, ...] = (
+    op_state.to(FAILED_IMPORT),
+    call.to(NO_CALL),
+    # What the call kept for a RESUME is gone, and with it what was to be remembered of it.
+    next_field.to(0),
+    parse_error.to(False),
+    origin.to(FORGED),
+    written.fill(lambda i: False),
+    changed.to(False),
+    resumed.to(False),
+)
 
 STEPS = (
     step(
