@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from tdxmig_model.model.control_properties import CONTROL
 from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.lifecycle import LIFECYCLE
 from tdxmig_model.model.order import ORDER
 
-SYSTEMS = (LIFECYCLE, LEAF, ORDER)
+SYSTEMS = (LIFECYCLE, LEAF, ORDER, CONTROL)
