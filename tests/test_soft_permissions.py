@@ -27,6 +27,7 @@ from tdxmig_model.backend.soft.leaves_servtd import MIG_VERSION
 from tdxmig_model.backend.soft.module import _GUEST_LEAVES, _LEAVES
 from tdxmig_model.backend.soft.op_state import PUBLISHED_STATES, GuestLeaf, Leaf, OpState
 from tdxmig_model.backend.soft.sept import SeptState
+from tdxmig_model.backend.soft.state import VcpuState
 from tdxmig_model.engine import commands as c
 from tdxmig_model.wire.gpa_list import GpaOperation, GpaStatus
 
@@ -36,6 +37,7 @@ FATAL_SUCCESS = 1 << 61
 OP_STATE_ROWS = {int(row["leaf_number"]): row for row in table("op_state.csv")}
 OTHER_ROWS = {int(row["leaf_number"]): row for row in table("op_state_other.csv")}
 ALL_BITS = (1 << 64) - 1
+S = SeptState
 
 NOT_IMPLEMENTED = {
     "TDH.MEM.PAGE.RELOCATE": "moves a page within one host; migration does not use it",
@@ -140,6 +142,33 @@ def test_what_hardened_allows_is_the_same():
         assert place.call(leaf, OPERANDS_OF[leaf](place)) != WRONG_STATE, leaf.name
 
 
+# --- guests --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", ["tdx-1.5.01", "hardened"])
+@pytest.mark.parametrize("state", PUBLISHED_STATES)
+def test_a_guest_acts_only_where_its_td_may_run(state, profile):
+    """Level 1 has a table, not a page, so that the leaf's own answer is PAGE_SIZE_MISMATCH."""
+    place = td_in(state, profile)
+    module, vcpu = place.host.module, vcpu_of(place)
+    module.tdvps[vcpu].state = VcpuState.READY
+    before = snapshot(module)
+    status = module.tdcall(GuestLeaf.MEM_PAGE_ACCEPT, Registers(rcx=1), vcpu)
+    runs = allowed(Leaf.VP_ENTER, state)
+    assert status == (CODES["TDX_PAGE_SIZE_MISMATCH"] | 1 if runs else WRONG_STATE)
+    assert not changes(before, snapshot(module))
+
+
+@pytest.mark.parametrize("state", [OpState.PAUSED_EXPORT, OpState.POST_IMPORT])
+def test_a_pending_page_stays_pending_while_its_td_may_not_run(state):
+    place = td_in(state)
+    inject(place, 0, S.PENDING)
+    module, registers = place.host.module, Registers(rcx=0)
+    status = module.tdcall(GuestLeaf.MEM_PAGE_ACCEPT, registers, place.td.vcpus[0])
+    assert status == WRONG_STATE
+    assert entry_state(place, 0) is S.PENDING
+
+
 # --- service TDs ---------------------------------------------------------------------------------
 
 
@@ -176,7 +205,6 @@ def test_a_service_td_that_is_bound(state):
 
 # --- Secure EPT ----------------------------------------------------------------------------------
 
-S = SeptState
 SEPT_ROWS = {SeptState(int(row["index"])): row for row in table("sept_state.csv")}
 REFUSED = CODES["TDX_EPT_ENTRY_STATE_INCORRECT"] | OPERANDS["RCX"]
 NOT_IMPLEMENTED_CELLS = {

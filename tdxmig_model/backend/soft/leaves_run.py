@@ -12,6 +12,7 @@ from tdxmig_model.backend.soft.call import Call, Point, Steps, refuse
 from tdxmig_model.backend.soft.leaves_memory import page_info, private_gpa
 from tdxmig_model.backend.soft.locks import Mode
 from tdxmig_model.backend.soft.memory import Memory
+from tdxmig_model.backend.soft.op_state import Leaf
 from tdxmig_model.backend.soft.sept import (
     ACCEPT,
     HPA_MASK,
@@ -219,10 +220,13 @@ class GuestCall(Call):
     tdcs: Tdcs
 
     def enter_guest(self, vcpu_hpa: int) -> None:
-        """The caller runs on this vCPU; a TD that cannot run cannot call."""
+        """The caller runs on this vCPU; what TDH.VP.ENTER refuses cannot run, and so not call."""
         tdr = self.module.tdrs[self.memory.owner[vcpu_hpa >> 12]]
         vcpu = self.module.tdvps[vcpu_hpa]
-        if tdr.tdcs is None or vcpu.state not in (VcpuState.READY, VcpuState.ACTIVE):
+        self.check_keys(tdr)
+        if tdr.tdcs is None or tdr.tdcs.op_state not in self.module.allowed[Leaf.VP_ENTER]:
+            raise refuse(Status.TDX_OP_STATE_INCORRECT)
+        if vcpu.state not in (VcpuState.READY, VcpuState.ACTIVE):
             raise refuse(Status.TDX_VCPU_STATE_INCORRECT)
         self.tdr, self.tdcs = tdr, tdr.tdcs
 
