@@ -233,7 +233,7 @@ def _process(bundle: _Bundle) -> Steps[None]:
             entry = words[entries.base + index]
             try:
                 if call.interleaved:
-                    yield from _hold_entry(bundle, entry)
+                    yield from _hold_entry(bundle, index, entry)
                 _import_entry(bundle, index, entry)
             except EntryError as error:
                 _report(bundle, index, entry, error)
@@ -250,18 +250,40 @@ def _process(bundle: _Bundle) -> Steps[None]:
         call.registers.rcx = entries.register()
 
 
-def _hold_entry(bundle: _Bundle, entry: int) -> Steps[None]:
-    """Let others run while the page's Secure EPT entry is locked, as hardware would."""
-    words = bundle.call.memory.words
+def _hold_entry(bundle: _Bundle, index: int, entry: int) -> Steps[None]:
+    """Let others run while the page and its Secure EPT entry are locked, as hardware would.
+
+    What is locked by somebody else is not waited for: the entry is judged at once.
+    """
+    memory, words = bundle.call.memory, bundle.call.memory.words
     slot = bundle.tdcs.sept.slot(entry & GPA_MASK)
     if slot < 0 or not entry >> OPERATION_SHIFT & 0x3 or entry & GPA_MASK >= PRIVATE_GPA_LIMIT:
         return
-    if not words[slot] & LOCK_BIT:
-        words[slot] |= LOCK_BIT
-        try:
-            yield Point.HELD
-        finally:
-            words[slot] &= ~LOCK_BIT
+    if words[slot] & LOCK_BIT:
+        return
+    page = _page_to_lock(bundle, index, entry, slot)
+    if page is not None and not memory.try_lock(page, Mode.EXCLUSIVE):
+        return
+    words[slot] |= LOCK_BIT
+    try:
+        yield Point.HELD
+    finally:
+        words[slot] &= ~LOCK_BIT
+        if page is not None:
+            memory.unlock(page, Mode.EXCLUSIVE)
+
+
+def _page_to_lock(bundle: _Bundle, index: int, entry: int, slot: int) -> int | None:
+    """The page whose PAMT entry the operation changes: MIGRATE's new one, the one of CANCEL."""
+    operation = entry >> OPERATION_SHIFT & 0x3
+    septe = bundle.call.memory.words[slot]
+    state = STATE_OF[septe & STATE_MASK]
+    if operation == CANCEL and state in (SeptState.MAPPED, SeptState.PENDING):
+        return septe & HPA_MASK
+    if operation != MIGRATE or state not in _NEW_PAGE_STATES:
+        return None
+    page, _ = _page_word(bundle, index)
+    return page if bundle.call.memory.has_pamt(page) and not page & PAGE_MASK else None
 
 
 def _report(bundle: _Bundle, index: int, entry: int, error: EntryError) -> None:
@@ -401,22 +423,22 @@ def _removed_too_late(septe: int, mig_epoch: int) -> bool:
     return bool(septe & REMOVED_EPOCH_VALID) and removed >= mig_epoch
 
 
-def _destination_page(bundle: _Bundle, index: int) -> int:
-    """The free page for a MIGRATE: from the new-page list, or in place.
-
-    In place it is the raw word of the buffer list without its key id, checked as a page and not as
-    an operand.  Its PAMT entry must be free; nothing else runs until the page is taken, so it is
-    not locked.
-    """
-    memory = bundle.call.memory
-    page = memory.words[bundle.pages + index] if bundle.pages >= 0 else INVALID_BIT
-    severity = Severity.A
+def _page_word(bundle: _Bundle, index: int) -> tuple[int, Severity]:
+    """The page for a MIGRATE, and how bad it is if that is no address: from the new-page list, or
+    in place the buffer's raw word without its key id.  INVALID_BIT is set if there is none."""
+    words = bundle.call.memory.words
+    page = words[bundle.pages + index] if bundle.pages >= 0 else INVALID_BIT
     if page & INVALID_BIT:
-        page = memory.words[bundle.buffers + index]
-        if page & INVALID_BIT:
-            raise _no_buffer()
-        page &= ~HKID_FIELD
-        severity = Severity.B
+        return words[bundle.buffers + index] & ~HKID_FIELD, Severity.B
+    return page, Severity.A
+
+
+def _destination_page(bundle: _Bundle, index: int) -> int:
+    """The free page for a MIGRATE.  Nothing else runs until it is taken, so it is not locked."""
+    memory = bundle.call.memory
+    page, severity = _page_word(bundle, index)
+    if page & INVALID_BIT:
+        raise _no_buffer()
     status, operand = GpaStatus.NEW_PAGE_NOT_AVAILABLE, Operand.NEW_PAGE_LIST_ENTRY
     if page & PAGE_MASK or page >> HKID_SHIFT:
         raise _error(Status.TDX_OPERAND_INVALID, status, severity, operand)
