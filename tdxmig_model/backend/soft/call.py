@@ -35,6 +35,7 @@ from tdxmig_model.backend.soft.state import (
     Tdvps,
 )
 from tdxmig_model.backend.soft.status import FATAL_BIT, Operand, Status, with_operand
+from tdxmig_model.errors import ModuleHalted
 from tdxmig_model.wire.constants import MBMD_SIZE
 
 if TYPE_CHECKING:
@@ -148,6 +149,11 @@ class Call:
         if drawn is None:
             raise refuse(Status.TDX_RND_NO_ENTROPY)
         return drawn
+
+    def halt(self, tdcs: Tdcs, finding: str) -> ModuleHalted:
+        """The exception for a state that the module excludes: hardware stops here for good."""
+        leaf = f"TDH.{self.leaf.name.replace('_', '.')}"
+        return ModuleHalted(leaf, tdcs.op_state.name, finding)
 
     # --- locks ---------------------------------------------------------------------------------
 

@@ -104,6 +104,8 @@ def _restore(call: Call, tdcs: Tdcs, slot: int) -> GpaStatus:
     state = RESTORE.get(STATE_OF[entry & STATE_MASK])
     if state is None:
         return GpaStatus.SEPT_ENTRY_STATE_INCORRECT
+    if not tdcs.mig_count:
+        raise call.halt(tdcs, "MIG_COUNT is 0 although a page is exported")
     words[slot] = writable(entry, state)
     tdcs.mig_count -= 1
     return GpaStatus.SUCCESS
@@ -255,6 +257,8 @@ def export_pause(call: Call) -> Steps[int]:
     Status: the prologue's.
     """
     _, tdcs = yield from call.enter_td(Operand.RCX, call.registers.rcx, Mode.EXCLUSIVE, None)
+    if any(tdcs.refcount):
+        raise call.halt(tdcs, f"REFCOUNT is {tdcs.refcount} although no vCPU can be in the guest")
     tdcs.td_epoch += 1
     tdcs.op_state = OpState.PAUSED_EXPORT
     return Status.TDX_SUCCESS
