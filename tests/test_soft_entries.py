@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 
+import legal_calls as legal
+import numpy as np
 import pytest
 from error_rows import CODES, OPERANDS, table
 from sept_pages import entry_state, inject
 from soft_calls import assert_nothing_is_locked, load, unblock
-from soft_pair import Pair
+from soft_pair import CANCEL, Pair
 from td_places import td_in
 
 from tdxmig_model.backend.soft.call import Point, Registers
@@ -16,7 +18,7 @@ from tdxmig_model.backend.soft.schedulers import LeafCall, Threads, explore
 from tdxmig_model.backend.soft.sept import LOCK_BIT, SeptState
 from tdxmig_model.engine import commands as c
 from tdxmig_model.wire.constants import PAGE_SIZE
-from tdxmig_model.wire.gpa_list import GpaStatus
+from tdxmig_model.wire.gpa_list import GpaEntry, GpaStatus
 
 S = SeptState
 V = "tdx-1.5.01"
@@ -324,6 +326,24 @@ def test_a_page_being_imported_is_locked():
     used = CODES["TDX_PAGE_METADATA_INCORRECT"] | OPERANDS["R8"]
     gone = GpaStatus.NEW_PAGE_NOT_AVAILABLE
     assert statuses == {(0, used, 0), (0, busy, 0), (1, 0, gone)}
+
+
+def test_a_page_being_cancelled_is_locked():
+    """IMPORT.MEM with CANCEL and PAGE.RECLAIM meet at the page; in order that ends the import."""
+    scene = legal.in_order(GpaEntry(0, CANCEL).to_int())
+    page, word = scene.td.page_hpas[0], scene.word(0)
+
+    def prepare():
+        scene.memory.page_words(scene.buffers.gpas)[0] = np.uint64(word)
+        reclaim = LeafCall(Leaf.PHYMEM_PAGE_RECLAIM, Registers(rcx=page), lp=1)
+        operands = Registers(**scene.registers)
+        return [LeafCall(scene.leaf, operands, interruptible=False), reclaim]
+
+    found = outcomes(scene.module, prepare)
+    ended = CODES["TDX_OPERAND_BUSY"] | OPERANDS["GPA_LIST_ENTRY"] | 1 << 61
+    living = CODES["TDX_LIFECYCLE_STATE_INCORRECT"]
+    free = CODES["TDX_PAGE_METADATA_INCORRECT"] | OPERANDS["RCX"]
+    assert found == {(0, living), (0, free), (0, BUSY), (ended, living)}
 
 
 def test_threads_run_guest_calls_too():

@@ -374,6 +374,8 @@ def test_entry(one, phase, monkeypatch):
     assert outcome.registers.rcx >> 3 & 511 == (len(one.entries) if counted else bad)
     if one.row != "M3":
         assert int(scene.memory.page_words(scene.buffers.new_pages)[bad]) >> 63 == 1
+    kept = {name: getattr(outcome.registers, name) for name in scene.registers if name != "rcx"}
+    assert kept.items() <= scene.registers.items()
     assert outcome.written <= {"gpas", "new_pages"}
 
 

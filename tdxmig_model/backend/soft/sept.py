@@ -1,8 +1,8 @@
 """Secure EPT: the 16 entry states, what each leaf makes of them, and the walk to an entry.
 
 Entries are real 64-bit words in real table pages of the TD.  State encoding: bit 9 (D), bits 56:53
-(pending, blocked, write-blocked, exported), bits 7:6 (leaf, IPAT).  Other bits: R, W, X 2:0, entry
-lock 11, HPA 51:12, suppress-#VE 63.  Facts of TDX module 1.5.01.
+(pending, blocked, write-blocked, exported), bits 7:6 (leaf, IPAT).  Other bits: R, W, X 2:0, memory
+type 5:3, entry lock 11, HPA 51:12, suppress-#VE 63.  Facts of TDX module 1.5.01.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class SeptState(IntEnum):
 S = SeptState
 
 D_BIT = 1 << 9
+PAGE_SIZE_BIT = 1 << 7
 LEAF_BITS = 0b11 << 6
 EXPORTED_BIT = 1 << 53
 BLOCKEDW_BIT = 1 << 54
@@ -196,7 +197,7 @@ def removed_entry(mig_epoch: int) -> int:
 PUBLIC_STATE = (0, 5, 132, 129, 4, 1, 8, 9, 11, 12, 2, 3, 16, 17, 19, 20)
 """The number by which the VMM is told of a state, by state index."""
 _VISIBLE_LEAF = RWX | MEMORY_TYPE_MASK | LEAF_BITS | HPA_MASK | SUPPRESS_VE_BIT
-_VISIBLE_OTHER = RWX | 1 << 7
+_VISIBLE_OTHER = RWX | PAGE_SIZE_BIT
 
 
 def visible_entry(entry: int) -> int:
