@@ -161,8 +161,11 @@ def test_r4_blocking_needs_tlb_tracking_there_too(exporting):
     tdr, gpa = exporting.backend.td.tdr, 2 * PAGE_SIZE
     exporting.pair.on_source(c.VpEnter(0, 5))
     assert exporting.other(Leaf.MEM_RANGE_BLOCK, rcx=gpa, rdx=tdr) == Status.TDX_SUCCESS
-    untracked = with_operand(Status.TDX_TLB_TRACKING_NOT_DONE, Operand.RCX)
-    for leaf in (Leaf.MEM_PAGE_REMOVE, Leaf.MEM_RANGE_UNBLOCK):
+    for leaf, operand in (
+        (Leaf.MEM_PAGE_REMOVE, Operand.RCX),
+        (Leaf.MEM_RANGE_UNBLOCK, Operand.SEPT_TREE),
+    ):
+        untracked = with_operand(Status.TDX_TLB_TRACKING_NOT_DONE, operand)
         assert exporting.other(leaf, rcx=gpa, rdx=tdr) == untracked
     exporting.pair.on_source(c.MemTrack())
     assert exporting.other(Leaf.MEM_RANGE_UNBLOCK, rcx=gpa, rdx=tdr) == Status.TDX_SUCCESS

@@ -135,14 +135,16 @@ def mng_init(call: Call) -> Steps[int]:
     """TDH.MNG.INIT (21, TDX module 1.5.01): set a TD up by its parameters; INITIALIZED.
 
     In: RCX TDR, exclusive; RDX TD_PARAMS (1024 bytes, aligned to their size).
+    Out: RCX 0.
     Status: the prologue's; OPERAND_INVALID|RDX or the item at fault.
 
     TD_PARAMS is read, checked and stored item by item: a call that fails leaves what came
     before.
     """
     registers = call.registers
-    params_hpa = registers.rdx
-    tdr, tdcs = yield from call.enter_td(Operand.RCX, registers.rcx, Mode.EXCLUSIVE, None)
+    tdr_hpa, params_hpa = registers.rcx, registers.rdx
+    registers.rcx = 0
+    tdr, tdcs = yield from call.enter_td(Operand.RCX, tdr_hpa, Mode.EXCLUSIVE, None)
     if not call.memory.shared_ok(params_hpa, TD_PARAMS_SIZE, TD_PARAMS_SIZE):
         raise refuse(Status.TDX_OPERAND_INVALID, Operand.RDX)
     if not call.module.demonstration:

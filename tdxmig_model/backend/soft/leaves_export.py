@@ -19,7 +19,13 @@ from tdxmig_model.backend.soft.gpa_entries import (
     gpa_list,
     with_status,
 )
-from tdxmig_model.backend.soft.leaves_memory import entry_in, page_info, private_gpa, walk
+from tdxmig_model.backend.soft.leaves_memory import (
+    entry_in,
+    entry_operands,
+    page_info,
+    private_gpa,
+    walk,
+)
 from tdxmig_model.backend.soft.locks import Mode
 from tdxmig_model.backend.soft.op_state import OpState
 from tdxmig_model.backend.soft.sept import (
@@ -98,6 +104,8 @@ def _restore(call: Call, tdcs: Tdcs, slot: int) -> GpaStatus:
     state = RESTORE.get(STATE_OF[entry & STATE_MASK])
     if state is None:
         return GpaStatus.SEPT_ENTRY_STATE_INCORRECT
+    if not tdcs.mig_count:
+        raise call.halt(tdcs, "MIG_COUNT is 0 although a page is exported")
     words[slot] = writable(entry, state)
     tdcs.mig_count -= 1
     return GpaStatus.SUCCESS
@@ -165,23 +173,22 @@ def export_unblockw(call: Call) -> Steps[int]:
     """TDH.EXPORT.UNBLOCKW (75, TDX module 1.5.01): let the guest write a page again.
 
     In: RCX GPA, level 0; RDX TDR.
-    Out: RCX and RDX the Secure EPT entry and its level and state, if they are at fault.
+    Out: RCX and RDX the Secure EPT entry and its level and state, if they are at fault, or 0.
     Status: the prologue's; OPERAND_INVALID|RCX; BUSY|SEPT_TREE; EPT_WALK_FAILED|RCX; BUSY|RCX;
         EPT_ENTRY_STATE_INCORRECT|RCX.
 
     DIRTY_COUNT + 1 if the page was exported and clean.
     """
-    registers, words = call.registers, call.memory.words
-    info = registers.rcx
-    _, tdcs = yield from call.enter_td(Operand.RDX, registers.rdx, Mode.SHARED, Mode.SHARED)
+    info, tdr_hpa = entry_operands(call)
+    _, tdcs = yield from call.enter_td(Operand.RDX, tdr_hpa, Mode.SHARED, Mode.SHARED)
     gpa, _ = page_info(info, 0, 0)
     private_gpa(gpa)
     yield from call.take(tdcs.sept_lock, Mode.SHARED, Operand.SEPT_TREE)
-    slot = tdcs.sept.slot(gpa)
-    if slot < 0:
-        slot = walk(call, tdcs, gpa, 0)
+    slot = walk(call, tdcs, gpa, 0)
+    if not (yield from call.take_entry(slot)):
+        raise refuse(Status.TDX_OPERAND_BUSY, Operand.RCX)
     state = entry_in(call, slot, _UNBLOCKW_STATES)
-    words[slot] = writable(words[slot], UNBLOCKW[state])
+    call.write_entry(slot, writable(call.memory.words[slot], UNBLOCKW[state]))
     if state in EXPORTED_STATES and state not in DIRTY_STATES:
         tdcs.dirty_count += 1
     return Status.TDX_SUCCESS
@@ -250,6 +257,8 @@ def export_pause(call: Call) -> Steps[int]:
     Status: the prologue's.
     """
     _, tdcs = yield from call.enter_td(Operand.RCX, call.registers.rcx, Mode.EXCLUSIVE, None)
+    if any(tdcs.refcount):
+        raise call.halt(tdcs, f"REFCOUNT is {tdcs.refcount} although no vCPU can be in the guest")
     tdcs.td_epoch += 1
     tdcs.op_state = OpState.PAUSED_EXPORT
     return Status.TDX_SUCCESS

@@ -287,18 +287,29 @@ def _import_state_vp(call: Call, hpa: int) -> Steps[int]:
         begin_new(call, link)
         with failing_import(tdcs):
             record = _open_vcpu(call, tdcs, vcpu, link.migsc, index)
-    # Until the last page is accepted the vCPU is in a state that cannot be entered.
-    vcpu.state = VcpuState.IMPORT
     with failing_import(tdcs):
-        yield from _import_pages(call, link, record, 4, operands)
-        if tdcs.num_migrated_vcpus >= tdcs.num_vcpus:
+        yield from _import_vcpu_pages(call, link, record, vcpu, operands)
+        # Counted before it is compared, so that one too many is counted too.
+        tdcs.num_migrated_vcpus += 1
+        if tdcs.num_migrated_vcpus > tdcs.num_vcpus:
             raise refuse(Status.TDX_ALL_VCPUS_IMPORTED)
         _check_vcpu_index(call, tdcs, vcpu, record.mbmd)
     tdcs.imported_vcpus.add(vcpu.vcpu_index)
     vcpu.state = VcpuState.READY
-    tdcs.num_migrated_vcpus += 1
     tdcs.total_mb_count += 1
     return Status.TDX_SUCCESS
+
+
+def _import_vcpu_pages(
+    call: Call, link: MigscLink, record: Interrupted, vcpu: Tdvps, operands: tuple[int, ...]
+) -> Steps[None]:
+    """Interrupted, the vCPU is in a state of its own, which nothing but the RESUME accepts."""
+    try:
+        yield from _import_pages(call, link, record, 4, operands)
+    except Completion as ended:
+        if ended.status == Status.TDX_INTERRUPTED_RESUMABLE:
+            vcpu.state = VcpuState.IMPORT
+        raise
 
 
 def _check_vcpu_index(call: Call, tdcs: Tdcs, vcpu: Tdvps, mbmd: Mbmd) -> None:

@@ -159,16 +159,27 @@ class Module:
 
         Raises guest.EptViolation where the leaf exits to the VMM instead.
         """
+        for _ in self._guest_steps(leaf, registers, vcpu, lp, interleaved=False):
+            pass
+        return registers.rax
+
+    def start_tdcall(
+        self, leaf: GuestLeaf, registers: Registers, vcpu: int, *, lp: int = 0
+    ) -> Generator[Point, None, None]:
+        """A TDCALL leaf as steps; RAX is set when the generator ends."""
+        return self._guest_steps(leaf, registers, vcpu, lp, interleaved=True)
+
+    def _guest_steps(
+        self, leaf: GuestLeaf, registers: Registers, vcpu: int, lp: int, *, interleaved: bool
+    ) -> Generator[Point, None, None]:
         registers.rax = leaf
-        call = GuestCall(self, Leaf.VP_ENTER, registers, self.processors[lp], None, False)
+        call = GuestCall(self, Leaf.VP_ENTER, registers, self.processors[lp], None, interleaved)
 
         def body(_call: Call) -> Steps[int]:
             call.enter_guest(vcpu)
             return _GUEST_LEAVES[leaf](call)
 
-        for _ in self._run(call, body):
-            pass
-        return registers.rax
+        yield from self._run(call, body)
 
     def _steps(
         self, registers: Registers, lp: int, interrupt: Interrupt | None, *, interleaved: bool
