@@ -136,7 +136,6 @@ PROPERTIES = (
             ("abort_session_with_token", "token_made"),
             ("abort_session_with_token", "token_mac"),
             ("abort_session", "op_state"),
-            ("issue_start_token", "op_state"),
             ("take_start_token", "token_made"),
             ("commit_import", "op_state"),
             ("end_import", "op_state"),

@@ -9,7 +9,6 @@ from tdxmig_model.model.words import (
     LIVE_EXPORT,
     LIVE_IMPORT,
     MEMORY_IMPORT,
-    MESSAGE,
     RUNNABLE,
     STREAM,
     UNINITIALIZED,
@@ -27,7 +26,7 @@ def _every_use(body: object) -> Node:
     """For every encryption."""
     assert callable(body)
     return forall(
-        {"m": MESSAGE}, lambda m: implies(_logged(m), body(m)), lambda m: (r.log_key[m],)
+        {"m": r.USE}, lambda m: implies(_logged(m), body(m)), lambda m: (r.log_key[m],)
     )
 
 
@@ -35,17 +34,11 @@ def _every_pair(body: object) -> Node:
     """For every two encryptions."""
     assert callable(body)
     return forall(
-        {"a": MESSAGE, "b": MESSAGE},
+        {"a": r.USE, "b": r.USE},
         lambda a, b: implies(all_of(a.ge(0), a.lt(b), b.lt(r.log_length)), body(a, b)),
         lambda a, b: (r.log_key[a], r.log_key[b]),
     )
 
-
-_KEY_RULES = tuple(
-    (start, label)
-    for start in ("start_export", "start_import")
-    for label in ("not_own_key",)
-)
 
 PROPERTIES = (
     Property(
@@ -92,7 +85,7 @@ PROPERTIES = (
             ("start_import", "not_own_key"),
             ("import_bundle", "not_starting"),
         ),
-        witness=all_of(r.log_length.eq(3), r.log_forward[2], not_(r.log_forward[0])),
+        witness=all_of(r.sessions.eq(2), r.log_length.eq(3)),
     ),
     Property(
         "P29",
@@ -226,10 +219,6 @@ LEMMAS = (
                         r.log_iv[m].le(r.back_iv),
                     ),
                 )
-            ),
-            implies(
-                all_of(r.op_state.eq(LIVE_IMPORT), not_(r.starting)),
-                _every_use(lambda m: r.log_session[m].ne(r.sessions)),
             ),
         ),
         "A stream that was used in the session has the session's key and counts on.",

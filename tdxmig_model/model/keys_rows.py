@@ -33,7 +33,6 @@ from tdxmig_model.model.words import (
     LIVE_EXPORT,
     LIVE_IMPORT,
     MEMORY_IMPORT,
-    MESSAGE,
     MODULE,
     NETWORK,
     OP_STATE,
@@ -48,6 +47,7 @@ from tdxmig_model.model.words import (
 KEY = index("Key")
 VERSION = index("Version")
 COUNTER = index("Counter")
+USE = index("Use")
 
 ZERO_KEY = 0
 
@@ -70,12 +70,12 @@ back_iv = scalar("backward_iv_counter", INT, 0, SOURCE, doc="IV_COUNTER of the b
 
 # Ghosts: every encryption, and what the sessions began with.
 log_length = scalar("log_length", INT, 0, NETWORK, ghost=True, doc="how much was encrypted")
-log_key = mapping("log_key", (MESSAGE,), INT, 0, NETWORK, ghost=True)
-log_stream = mapping("log_stream", (MESSAGE,), INT, 0, NETWORK, ghost=True)
-log_iv = mapping("log_iv", (MESSAGE,), INT, 0, NETWORK, ghost=True)
-log_forward = mapping("log_forward", (MESSAGE,), BOOL, False, NETWORK, ghost=True)
-log_session = mapping("log_session", (MESSAGE,), INT, 0, NETWORK, ghost=True)
-log_version = mapping("log_version", (MESSAGE,), INT, 0, NETWORK, ghost=True)
+log_key = mapping("log_key", (USE,), INT, 0, NETWORK, ghost=True)
+log_stream = mapping("log_stream", (USE,), INT, 0, NETWORK, ghost=True)
+log_iv = mapping("log_iv", (USE,), INT, 0, NETWORK, ghost=True)
+log_forward = mapping("log_forward", (USE,), BOOL, False, NETWORK, ghost=True)
+log_session = mapping("log_session", (USE,), INT, 0, NETWORK, ghost=True)
+log_version = mapping("log_version", (USE,), INT, 0, NETWORK, ghost=True)
 sessions = scalar("sessions", INT, 0, SOURCE, ghost=True, doc="how many sessions began")
 written_in = scalar("dec_key_written_in", INT, 0, SOURCE, ghost=True, doc="sessions at that time")
 session_written_in = scalar("session_key_written_in", INT, -1, SOURCE, ghost=True)
