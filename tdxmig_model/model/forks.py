@@ -18,8 +18,7 @@ FORKS = System(
     properties=PROPERTIES + LEMMAS,
     goals=GOALS,
     assumptions=(
-        "MigTDs are attested and honest: a key is given to one destination only, "
-        "and an answer is installed once",
+        "MigTDs are attested and honest; a key is given to one destination, an answer is used once",
         "a MigTD reads its own key first, and a new exchange ends the one before it",
         "AES-256-GCM is an ideal AEAD: a token or bundle under a key was made with that key",
         "a TD that a destination took over begins no export of its own in this model",

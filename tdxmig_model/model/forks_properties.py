@@ -180,9 +180,7 @@ LEMMAS = (
             any_of(f.s_enc.eq(0), f.s_enc.eq(f.exchanges - 1)),
             implies(f.s_dec_set, all_of(f.s_dec.eq(f.exchanges - 1), f.s_dec.eq(f.s_enc))),
             implies(f.s_dec_set, all_of(f.s_dec.ge(1), f.installed[f.s_dec])),
-            implies(
-                all_of(f.exchanges.gt(1), f.s_enc.eq(0)), f.installed[f.exchanges - 1]
-            ),
+            implies(all_of(f.exchanges.gt(1), f.s_enc.eq(0)), f.installed[f.exchanges - 1]),
             forall(
                 _every_exchange,
                 lambda e: implies(f.answered[e], _begun(e)),
@@ -223,9 +221,7 @@ LEMMAS = (
             implies(_exports, f.opened[f.s_enc_working]),
             forall(
                 _every_exchange,
-                lambda e: implies(
-                    f.accepted[e], all_of(f.opened[e], f.accepted_token[e].eq(e))
-                ),
+                lambda e: implies(f.accepted[e], all_of(f.opened[e], f.accepted_token[e].eq(e))),
                 lambda e: (f.accepted[e],),
             ),
             implies(_exports, not_(f.accepted[f.s_enc_working])),

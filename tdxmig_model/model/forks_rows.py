@@ -25,7 +25,6 @@ from tdxmig_model.expr import (
     step,
 )
 from tdxmig_model.model.words import (
-    ALL_PROFILES,
     DESTINATION,
     FAILED_IMPORT,
     LIVE_EXPORT,
@@ -333,9 +332,7 @@ DESTINATION_STEPS = (
         "make_abort_token",
         DESTINATION,
         (d,),
-        when=(
-            need("op_state", d_op_state[d].in_(MEMORY_IMPORT, POST_IMPORT, FAILED_IMPORT)),
-        ),
+        when=(need("op_state", d_op_state[d].in_(MEMORY_IMPORT, POST_IMPORT, FAILED_IMPORT)),),
         then=(d_op_state[d].to(FAILED_IMPORT), abort_token[d_enc_working[d]].to(True)),
         why="A destination that gave the TD up for ever says so under the backward key.",
         cite=_leaf("IMPORT.ABORT", 80),

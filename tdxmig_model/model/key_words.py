@@ -116,9 +116,7 @@ PROPERTIES = (
             next_word.ge(0),
             forall(
                 {"i": WORD},
-                lambda i: implies(
-                    all_of(i.lt(next_word), next_word.lt(Size(WORD))), written[i]
-                ),
+                lambda i: implies(all_of(i.lt(next_word), next_word.lt(Size(WORD))), written[i]),
                 lambda i: (written[i],),
             ),
             forall(
@@ -127,9 +125,7 @@ PROPERTIES = (
                     written[i],
                     all_of(
                         written[0],
-                        any_of(
-                            next_word.eq(0), all_of(i.lt(next_word), word[i].eq(writing))
-                        ),
+                        any_of(next_word.eq(0), all_of(i.lt(next_word), word[i].eq(writing))),
                     ),
                 ),
                 lambda i: (written[i],),

@@ -10,7 +10,6 @@ from tdxmig_model.model.words import (
     LIVE_IMPORT,
     MEMORY_IMPORT,
     RUNNABLE,
-    STREAM,
     UNINITIALIZED,
 )
 
@@ -25,9 +24,7 @@ def _logged(m: Node) -> Node:
 def _every_use(body: object) -> Node:
     """For every encryption."""
     assert callable(body)
-    return forall(
-        {"m": r.USE}, lambda m: implies(_logged(m), body(m)), lambda m: (r.log_key[m],)
-    )
+    return forall({"m": r.USE}, lambda m: implies(_logged(m), body(m)), lambda m: (r.log_key[m],))
 
 
 def _every_pair(body: object) -> Node:
@@ -62,9 +59,7 @@ PROPERTIES = (
         "P28",
         all_of(
             _every_use(
-                lambda m: implies(
-                    r.log_session[m].eq(r.sessions), r.log_key[m].ne(r.dec_working)
-                )
+                lambda m: implies(r.log_session[m].eq(r.sessions), r.log_key[m].ne(r.dec_working))
             ),
             _every_pair(
                 lambda a, b: implies(
@@ -193,7 +188,7 @@ LEMMAS = (
         "counters",
         all_of(
             forall(
-                {"s": STREAM},
+                {"s": r.LINK},
                 lambda s: implies(
                     all_of(_exporting, r.initialized[s]),
                     r.stream_key[s].eq(r.enc_working),

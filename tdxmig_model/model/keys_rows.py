@@ -38,7 +38,6 @@ from tdxmig_model.model.words import (
     OP_STATE,
     RUNNABLE,
     SOURCE,
-    STREAM,
     UNINITIALIZED,
     repaired,
     unrepaired,
@@ -48,6 +47,8 @@ KEY = index("Key")
 VERSION = index("Version")
 COUNTER = index("Counter")
 USE = index("Use")
+LINK = index("Link")
+"""The forward streams of the TD, by their number."""
 
 ZERO_KEY = 0
 
@@ -62,9 +63,9 @@ version = scalar("mig_version", INT, 0, SOURCE, doc="MIG_VERSION")
 enc_working = scalar("mig_enc_working_key", INT, ZERO_KEY, SOURCE, doc="MIG_ENC_WORKING_KEY")
 dec_working = scalar("mig_dec_working_key", INT, ZERO_KEY, SOURCE, doc="MIG_DEC_WORKING_KEY")
 working_version = scalar("mig_working_version", INT, 0, SOURCE, doc="MIG_WORKING_VERSION")
-initialized = mapping("initialized", (STREAM,), BOOL, False, SOURCE, doc="INITIALIZED of the link")
-stream_key = mapping("stream_key", (STREAM,), INT, ZERO_KEY, SOURCE, doc="key of the AES context")
-iv_counter = mapping("iv_counter", (STREAM,), INT, 0, SOURCE, doc="IV_COUNTER")
+initialized = mapping("initialized", (LINK,), BOOL, False, SOURCE, doc="INITIALIZED of the link")
+stream_key = mapping("stream_key", (LINK,), INT, ZERO_KEY, SOURCE, doc="key of the AES context")
+iv_counter = mapping("iv_counter", (LINK,), INT, 0, SOURCE, doc="IV_COUNTER")
 back_initialized = scalar("backward_initialized", BOOL, False, SOURCE)
 back_iv = scalar("backward_iv_counter", INT, 0, SOURCE, doc="IV_COUNTER of the backward stream")
 
@@ -91,7 +92,7 @@ VARIABLES = (
 )
 
 k = param("k", KEY)
-i = param("stream", STREAM)
+i = param("stream", LINK)
 c = param("counter", COUNTER)
 v = param("version", VERSION)
 

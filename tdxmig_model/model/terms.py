@@ -11,6 +11,7 @@ from __future__ import annotations
 from tdxmig_model.expr import (
     BOOL,
     INT,
+    Assign,
     Goal,
     Node,
     Property,
@@ -23,7 +24,7 @@ from tdxmig_model.expr import (
     implies,
     index,
     mapping,
-    member,
+    members,
     need,
     not_,
     param,
@@ -37,25 +38,24 @@ from tdxmig_model.model.words import (
     MODULE,
     NETWORK,
     SOURCE,
-    STREAM,
     unrepaired,
 )
 
 TD = sort("Td")
 KEY = index("Key")
+LINK = index("Link")
 TERM = index("Term")
 RECEIPT = index("Receipt")
-ROLE = enum("Role", "NONE", "IMPORTS", "RUNS", "STARTS_EXPORT", "EXPORTS")
-NONE, IMPORTS, RUNS = (member(ROLE, name) for name in ("NONE", "IMPORTS", "RUNS"))
-STARTS_EXPORT, EXPORTS = (member(ROLE, name) for name in ("STARTS_EXPORT", "EXPORTS"))
+ROLE = enum("Role", "NONE", "IMPORTS", "RUNS", "STARTS", "STARTS_WHILE_IMPORTING", "EXPORTS")
+NONE, IMPORTS, RUNS, STARTS, STARTS_WHILE_IMPORTING, EXPORTS = members(ROLE)
 
 # What a step does to a TD is a change of the network's: every TD is on either side.
 known = scalar("keys_made", INT, 1, NETWORK, doc="how many keys exist; 0 is the zero key")
 role = mapping("role", (TD,), ROLE, NONE, NETWORK, doc="OP_STATE, as far as it matters here")
 enc = mapping("enc_working_key", (TD,), INT, 0, NETWORK, doc="MIG_ENC_WORKING_KEY")
 dec = mapping("dec_working_key", (TD,), INT, 0, NETWORK, doc="MIG_DEC_WORKING_KEY")
-initialized = mapping("stream_initialized", (TD, STREAM), BOOL, False, NETWORK, doc="INITIALIZED")
-context = mapping("stream_context", (TD, STREAM), INT, 0, NETWORK, doc="the key of a stream")
+initialized = mapping("stream_initialized", (TD, LINK), BOOL, False, NETWORK, doc="INITIALIZED")
+context = mapping("stream_context", (TD, LINK), INT, 0, NETWORK, doc="the key of a stream")
 terms = scalar("terms", INT, 0, NETWORK, doc="how many terms were made")
 term_key = mapping("term_key", (TERM,), INT, 0, NETWORK)
 term_stream = mapping("term_stream", (TERM,), INT, 0, NETWORK, doc="MIGS_INDEX in the IV")
@@ -76,7 +76,7 @@ VARIABLES = (
 
 t = param("t", TD)
 k = param("k", KEY)
-i = param("stream", STREAM)
+i = param("stream", LINK)
 m = param("m", TERM)
 
 
@@ -84,18 +84,24 @@ def _leaf(name: str, number: int) -> str:
     return f"TDH.{name}, leaf {number}; {MODULE}"
 
 
-_new_session = (
-    enc[t].to(known),
-    known.to(known + 1),
-    dec[t].to(k),
-    initialized.fill(lambda td, s: all_of(initialized[td, s], td.ne(t))),
-)
+def _new_session(first_context: Node) -> tuple[Assign, ...]:
+    """Fresh keys; of the forward streams only the first one is initialised."""
+    return (
+        enc[t].to(known),
+        known.to(known + 1),
+        dec[t].to(k),
+        initialized.fill(lambda td, s: choose(td.eq(t), s.eq(0), initialized[td, s])),
+        context[t, 0].to(first_context),
+    )
+
+
 _made = need("key_exists", k.lt(known))
 _offered = need("term_made", m.lt(terms))
 _mac = need("mac", term_key[m].eq(dec[t]))
 
 
-def _receipt(stream: Node | int, *, forward: bool):  # type: ignore[no-untyped-def]
+def _receipt(stream: Node | int, *, forward: bool) -> tuple[Assign, ...]:
+    """One more term was accepted."""
     return (
         receipts.to(receipts + 1),
         receipt_term[receipts].to(m),
@@ -111,7 +117,7 @@ STEPS = (
         DESTINATION,
         (t, k),
         when=(need("role", role[t].eq(NONE)), _made),
-        then=(role[t].to(IMPORTS), *_new_session),
+        then=(role[t].to(IMPORTS), *_new_session(k)),
         why="A TD becomes a destination: its keys are of this session, its streams begin anew.",
         cite=_leaf("IMPORT.STATE.IMMUTABLE", 85),
     ),
@@ -119,16 +125,21 @@ STEPS = (
         "begin_export",
         SOURCE,
         (t, k),
-        when=(need("role", role[t].in_(NONE, IMPORTS, RUNS, STARTS_EXPORT)), _made),
-        then=(role[t].to(STARTS_EXPORT), *_new_session),
-        why="A TD becomes a source, even one whose import is not over; the call may be interrupted.",
+        when=(need("role", role[t].ne(EXPORTS)), _made),
+        then=(
+            role[t].to(
+                choose(role[t].in_(IMPORTS, STARTS_WHILE_IMPORTING), STARTS_WHILE_IMPORTING, STARTS)
+            ),
+            *_new_session(known),
+        ),
+        why="A TD becomes a source, even while it imports; the call may be interrupted.",
         cite=_leaf("EXPORT.STATE.IMMUTABLE", 72),
     ),
     step(
         "end_of_start",
         SOURCE,
         (t,),
-        when=(need("role", role[t].eq(STARTS_EXPORT)),),
+        when=(need("role", role[t].in_(STARTS, STARTS_WHILE_IMPORTING)),),
         then=(role[t].to(EXPORTS),),
         why="The call that began the session ends.",
         cite=_leaf("EXPORT.STATE.IMMUTABLE", 72),
@@ -137,7 +148,10 @@ STEPS = (
         "touch_stream",
         DESTINATION,
         (t, i),
-        when=(need("role", role[t].eq(STARTS_EXPORT)), need("new", not_(initialized[t, i]))),
+        when=(
+            need("role", role[t].eq(STARTS_WHILE_IMPORTING)),
+            need("new", not_(initialized[t, i])),
+        ),
         then=(initialized[t, i].to(True), context[t, i].to(dec[t])),
         why="The OP_STATE is still that of an import, so IMPORT.MEM initialises a stream.",
         cite=_leaf("IMPORT.MEM", 83),
@@ -264,13 +278,16 @@ PROPERTIES = (
             receipts.ge(0),
             forall({"t": TD}, lambda t: all_of(enc[t].lt(known), dec[t].lt(known))),
             forall(
-                {"t": TD, "s": STREAM},
+                {"t": TD, "s": LINK},
                 lambda t, s: implies(
                     initialized[t, s],
                     all_of(
                         implies(role[t].eq(IMPORTS), context[t, s].eq(dec[t])),
-                        implies(role[t].in_(STARTS_EXPORT, EXPORTS), context[t, s].eq(enc[t])),
-                        role[t].in_(IMPORTS, STARTS_EXPORT, EXPORTS),
+                        implies(
+                            role[t].in_(STARTS, STARTS_WHILE_IMPORTING, EXPORTS),
+                            context[t, s].eq(enc[t]),
+                        ),
+                        role[t].in_(IMPORTS, STARTS, STARTS_WHILE_IMPORTING, EXPORTS),
                     ),
                 ),
                 lambda t, s: (initialized[t, s],),
@@ -282,7 +299,12 @@ PROPERTIES = (
     Property(
         "made",
         all_of(
-            _every_term(lambda m: term_session[m].eq(term_key[m])),
+            _every_term(
+                lambda m: all_of(
+                    term_session[m].eq(term_key[m]),
+                    any_of(term_forward[m], term_stream[m].eq(0)),
+                )
+            ),
             forall(
                 {"g": RECEIPT},
                 lambda g: implies(
@@ -292,7 +314,7 @@ PROPERTIES = (
                 lambda g: (receipt_term[g],),
             ),
         ),
-        "Every term is under the key of the session that made it.",
+        "Every term is under the key of the session that made it; abort tokens are on stream 0.",
         "lemma",
     ),
 )

@@ -37,12 +37,24 @@ from tdxmig_model.story import Story, tell
 Verdict = Literal["proved", "exhausted", "bounded", "violated", "reachable", "vacuous", "unknown"]
 
 SMALL = {
-    **{"Page": 1, "Stream": 1, "Vcpu": 1, "Message": 6, "Epoch": 4},
-    **{"Exchange": 3, "Key": 4, "Use": 4, "Term": 2},
+    "Page": 1,
+    "Stream": 1,
+    "Vcpu": 1,
+    "Message": 6,
+    "Epoch": 4,
+    "Exchange": 3,
+    "Key": 4,
+    "Use": 4,
 }
 LARGER = {
-    **{"Page": 2, "Stream": 2, "Vcpu": 2, "Message": 7, "Epoch": 4},
-    **{"Exchange": 4, "Key": 5, "Use": 5, "Term": 3},
+    "Page": 2,
+    "Stream": 2,
+    "Vcpu": 2,
+    "Message": 7,
+    "Epoch": 4,
+    "Exchange": 4,
+    "Key": 5,
+    "Use": 5,
 }
 """Sizes of the instances that are searched, by index; any other index has two elements."""
 
