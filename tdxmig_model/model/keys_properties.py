@@ -140,6 +140,11 @@ LEMMAS = (
             r.sessions.ge(0),
             r.written_in.le(r.sessions),
             implies(r.dec_key_set, r.written_in.eq(r.sessions)),
+            any_of(r.dec_key.eq(r.dec_working), r.written_in.eq(r.sessions)),
+            implies(
+                r.sessions.eq(0),
+                all_of(r.enc_working.eq(r.ZERO_KEY), r.dec_working.eq(r.ZERO_KEY)),
+            ),
             implies(r.sessions.ge(1), r.enc_working.ge(1)),
         ),
         "Every key is one that exists, and MIG_ENC_KEY is new.",

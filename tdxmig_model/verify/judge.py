@@ -43,7 +43,7 @@ SMALL = {
     "Message": 6,
     "Epoch": 4,
     "Exchange": 3,
-    "Key": 4,
+    "Key": 5,
     "Use": 4,
 }
 LARGER = {
@@ -53,7 +53,7 @@ LARGER = {
     "Message": 7,
     "Epoch": 4,
     "Exchange": 4,
-    "Key": 5,
+    "Key": 6,
     "Use": 5,
 }
 """Sizes of the instances that are searched, by index; any other index has two elements."""
