@@ -53,7 +53,7 @@ PROPERTIES = (
         "leaf",
         "MIG_ENC_KEY, IV_COUNTER and the stream index in the IV",
         guards=(("export_bundle", "op_state"), ("abort_import", "op_state")),
-        witness=all_of(r.log_length.eq(4), r.log_key[0].ne(r.log_key[3]), r.log_iv[1].eq(2)),
+        witness=all_of(r.log_length.eq(3), r.log_key[0].ne(r.log_key[2]), r.log_iv[1].eq(2)),
     ),
     Property(
         "P28",

@@ -324,7 +324,7 @@ IMPORTS = (
         cite=_leaf("IMPORT.MEM", 83),
     ),
     step(
-        "commit",
+        "commit_td",
         SOURCE,
         when=(_in(MEMORY_IMPORT),),
         then=(op_state.to(LIVE_IMPORT),),
@@ -332,7 +332,7 @@ IMPORTS = (
         cite=_leaf("IMPORT.COMMIT", 82),
     ),
     step(
-        "end",
+        "end_of_import",
         SOURCE,
         when=(_in(MEMORY_IMPORT, LIVE_IMPORT),),
         then=(op_state.to(RUNNABLE),),

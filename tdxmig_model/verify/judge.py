@@ -44,7 +44,8 @@ SMALL = {
     "Epoch": 4,
     "Exchange": 3,
     "Key": 5,
-    "Use": 4,
+    "Use": 3,
+    "Counter": 1,
 }
 LARGER = {
     "Page": 2,
@@ -54,7 +55,8 @@ LARGER = {
     "Epoch": 4,
     "Exchange": 4,
     "Key": 6,
-    "Use": 5,
+    "Use": 4,
+    "Counter": 2,
 }
 """Sizes of the instances that are searched, by index; any other index has two elements."""
 
