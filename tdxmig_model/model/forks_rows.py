@@ -18,6 +18,7 @@ from tdxmig_model.expr import (
     index,
     mapping,
     need,
+    not_,
     only,
     param,
     scalar,
@@ -111,7 +112,7 @@ EXCHANGES = (
         "begin_exchange",
         SOURCE,
         (d,),
-        when=(need("not_blackout", s_op_state.in_(RUNNABLE, LIVE_EXPORT)),),
+        when=(),
         then=(
             exchanges.to(exchanges + 1),
             peer[exchanges].to(d),
@@ -128,7 +129,7 @@ EXCHANGES = (
         when=(
             need("begun", e.ge(1)),
             need("in_log", e.lt(exchanges)),
-            need("first_time", answered[e].eq(False)),
+            need("first_time", not_(answered[e])),
         ),
         then=(
             answered[e].to(True),
@@ -158,7 +159,7 @@ EXCHANGES = (
         when=(
             need("not_blackout", s_op_state.in_(RUNNABLE, LIVE_EXPORT)),
             need("answered", answered[e]),
-            need("first_time", installed[e].eq(False)),
+            need("first_time", not_(installed[e])),
             need("current_exchange", exchanges.eq(e + 1)),
         ),
         then=(s_dec.to(e), s_dec_set.to(True), installed[e].to(True)),

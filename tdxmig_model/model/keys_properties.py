@@ -39,6 +39,31 @@ def _every_pair(body: object) -> Node:
 
 PROPERTIES = (
     Property(
+        "P7",
+        implies(
+            r.sessions.ge(1),
+            all_of(
+                r.enc_working.eq(r.session_enc),
+                r.dec_working.eq(r.session_dec),
+                r.working_version.eq(r.session_version),
+                r.enc_key.ne(r.enc_working),
+                forall(
+                    {"s": r.LINK},
+                    lambda s: implies(
+                        all_of(_exporting, r.initialized[s]), r.stream_key[s].eq(r.enc_working)
+                    ),
+                    lambda s: (r.initialized[s],),
+                ),
+            ),
+        ),
+        "A session has the keys and the version of the instant at which it began, "
+        "and its streams use its keys.",
+        "leaf",
+        "TDH.EXPORT.STATE.IMMUTABLE, TDH.IMPORT.STATE.IMMUTABLE (the key part of P7)",
+        guards=(("import_bundle", "not_starting"),),
+        witness=all_of(r.sessions.eq(2), _exporting, r.initialized[1]),
+    ),
+    Property(
         "P27",
         _every_pair(
             lambda a, b: not_(
@@ -192,14 +217,6 @@ LEMMAS = (
     Property(
         "counters",
         all_of(
-            forall(
-                {"s": r.LINK},
-                lambda s: implies(
-                    all_of(_exporting, r.initialized[s]),
-                    r.stream_key[s].eq(r.enc_working),
-                ),
-                lambda s: (r.initialized[s],),
-            ),
             _every_use(
                 lambda m: implies(
                     all_of(_exporting, r.log_session[m].eq(r.sessions)),
@@ -221,7 +238,7 @@ LEMMAS = (
                 )
             ),
         ),
-        "A stream that was used in the session has the session's key and counts on.",
+        "A stream that was used in the session is in use, and counts on.",
         "lemma",
     ),
 )

@@ -6,8 +6,9 @@ is a number that no key had before.  The host chooses what is written as MIG_DEC
 that exist, old ones and the TD's own among them.
 
 Only what matters to keys is followed.  LIVE_EXPORT stands for the paused states after it too,
-MEMORY_IMPORT for all that comes before the commit.  The log has one entry for each encryption, so
-a call that fails or is interrupted has used what it had encrypted until then.
+MEMORY_IMPORT for all that comes before the commit, and key slots are written at any time.  The log
+has one entry for each encryption: a call that fails or is interrupted has used what it encrypted
+until then.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tdxmig_model.expr import (
     index,
     mapping,
     need,
+    not_,
     only,
     param,
     scalar,
@@ -80,6 +82,9 @@ log_version = mapping("log_version", (USE,), INT, 0, NETWORK, ghost=True)
 sessions = scalar("sessions", INT, 0, SOURCE, ghost=True, doc="how many sessions began")
 written_in = scalar("dec_key_written_in", INT, 0, SOURCE, ghost=True, doc="sessions at that time")
 session_written_in = scalar("session_key_written_in", INT, -1, SOURCE, ghost=True)
+session_enc = scalar("session_enc_key", INT, 0, SOURCE, ghost=True)
+session_dec = scalar("session_dec_key", INT, 0, SOURCE, ghost=True)
+session_version = scalar("session_version", INT, 0, SOURCE, ghost=True)
 previous_enc = scalar("previous_enc_key", INT, 0, SOURCE, ghost=True)
 previous_dec = scalar("previous_dec_key", INT, 0, SOURCE, ghost=True)
 
@@ -89,6 +94,7 @@ VARIABLES = (
     *(back_initialized, back_iv),
     *(log_length, log_key, log_stream, log_iv, log_forward, log_session, log_version),
     *(sessions, written_in, session_written_in, previous_enc, previous_dec),
+    *(session_enc, session_dec, session_version),
 )
 
 k = param("k", KEY)
@@ -146,6 +152,9 @@ _SESSION_START: tuple[Assign, ...] = (
     back_initialized.to(False),
     sessions.to(sessions + 1),
     session_written_in.to(written_in),
+    session_enc.to(enc_key),
+    session_dec.to(dec_key),
+    session_version.to(version),
     previous_enc.to(enc_working),
     previous_dec.to(dec_working),
 )
@@ -174,7 +183,7 @@ SLOTS = (
     step(
         "read_enc_key",
         SOURCE,
-        when=(need("made", known.ge(2)),),
+        when=(),
         then=(
             enc_key.to(known),
             known.to(known + 1),
@@ -186,7 +195,7 @@ SLOTS = (
     step(
         "read_enc_key_without_entropy",
         SOURCE,
-        when=(need("made", known.ge(2)),),
+        when=(),
         then=(enc_key.to(ZERO_KEY),),
         why="Without entropy the read fails, and the slot is left zero.",
         cite=f"TDG.SERVTD.RD of MIG_ENC_KEY, TDCALL 18; {MODULE}",
@@ -195,7 +204,7 @@ SLOTS = (
     step(
         "another_module_makes_a_key",
         NETWORK,
-        when=(need("made", known.ge(2)),),
+        when=(),
         then=(known.to(known + 1),),
         why="The modules of peers make keys of their own.",
         cite=f"TDG.SERVTD.RD of MIG_ENC_KEY, TDCALL 18; {MODULE}",
@@ -313,7 +322,7 @@ IMPORTS = (
         (i, c),
         when=(
             _in(MEMORY_IMPORT, LIVE_IMPORT),
-            need("not_starting", starting.eq(False), *repaired("R4")),
+            need("not_starting", not_(starting), *repaired("R4")),
         ),
         then=(
             initialized[i].to(True),
