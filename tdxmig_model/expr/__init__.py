@@ -46,6 +46,7 @@ from tdxmig_model.expr.nodes import (
     Size,
     Variable,
 )
+from tdxmig_model.expr.superpose import Addition, addition, superpose
 from tdxmig_model.expr.system import (
     Goal,
     Need,
@@ -78,6 +79,7 @@ __all__ = [
     "BOOL",
     "INT",
     "Add",
+    "Addition",
     "And",
     "Assign",
     "BoolType",
@@ -114,6 +116,7 @@ __all__ = [
     "Type",
     "Value",
     "Variable",
+    "addition",
     "all_of",
     "any_of",
     "choose",
@@ -137,4 +140,5 @@ __all__ = [
     "sort",
     "step",
     "subterms",
+    "superpose",
 ]

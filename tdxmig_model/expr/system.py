@@ -109,6 +109,8 @@ class System:
     goals: tuple[Goal, ...] = ()
     assumptions: tuple[str, ...] = ()
     profiles: tuple[str, ...] = ()
+    base: System | None = None
+    """The smaller model that this one is superposed on; its invariants hold here as well."""
     _by_name: dict[str, Step] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -190,7 +192,8 @@ class System:
             if has(s.profiles)
         )
         properties = tuple(p for p in self.properties if has(p.profiles))
-        return replace(self, steps=steps, properties=properties, _by_name={})
+        base = self.base and self.base.under(profile)
+        return replace(self, steps=steps, properties=properties, base=base, _by_name={})
 
     def without(self, step: str, label: str) -> System:
         """The mutant in which one conjunct of one guard is deleted.
@@ -208,12 +211,19 @@ class System:
             replace(s, when=tuple(n for n in s.when if n != gone)) if loses(s) else s
             for s in self.steps
         )
-        return replace(self, steps=steps, _by_name={})
+        base = self.base
+        if base and base.has_step(step) and gone in base.step(step).when:
+            base = base.without(step, label)
+        return replace(self, steps=steps, base=base, _by_name={})
 
     def without_step(self, name: str) -> System:
-        """The system without one row."""
+        """The system without one row.  What a smaller model proves holds of fewer rows too."""
         self.step(name)
         return replace(self, steps=tuple(s for s in self.steps if s.name != name), _by_name={})
+
+    def claims(self) -> tuple[Property, ...]:
+        """Its properties and those of the model that it is superposed on."""
+        return (*self.properties, *(self.base.claims() if self.base else ()))
 
     def of_actor(self, actor: str) -> tuple[Step, ...]:
         """The rows that one side takes."""
@@ -226,7 +236,7 @@ class System:
             for assign in step.then:
                 for term in (*assign.keys, assign.value):
                     yield from subterms(term)
-        for claimed in self.properties:
+        for claimed in self.claims():
             yield from subterms(claimed.formula)
             if claimed.witness is not None:
                 yield from subterms(claimed.witness)

@@ -424,6 +424,20 @@ STEPS = (
         part_of="export_mem",
     ),
     step(
+        "export_mem_dropped",
+        SOURCE,
+        (i,),
+        when=(
+            _in(LIVE_EXPORT, PAUSED_EXPORT, POST_EXPORT),
+            need("unfinished", unfinished[i]),
+        ),
+        then=(unfinished[i].to(False),),
+        why="A malformed entry or a bad buffer ends the call, and what was done before it stays.",
+        cite=_leaf("EXPORT.MEM", 68),
+        part_of="export_mem",
+        profiles=unrepaired("R13"),
+    ),
+    step(
         "export_track",
         SOURCE,
         when=(

@@ -123,6 +123,14 @@ STREAM = index("Stream")
 MESSAGE = index("Message")
 EPOCH = index("Epoch")
 VCPU = sort("Vcpu")
+ENTRY = index("Entry")
+
+# What a GPA list entry asks for.  An entry that failed on export is sent as NOP.
+OPERATION = enum("Operation", "NOP", "MIGRATE", "CANCEL", "REMIGRATE")
+NOP = member(OPERATION, "NOP")
+MIGRATE = member(OPERATION, "MIGRATE")
+CANCEL = member(OPERATION, "CANCEL")
+REMIGRATE = member(OPERATION, "REMIGRATE")
 
 START_EPOCH = Constant("START_EPOCH", value=0xFFFFFFFF, small=3, least=2)
 """MIG_EPOCH of a start token and of everything after it."""

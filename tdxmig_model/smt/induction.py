@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 from tdxmig_model.expr import (
     IndexType,
@@ -133,7 +134,7 @@ def _range_of(variable: Variable | MapVariable, sized: frozenset[str]) -> Node |
 class Prover:
     """The queries of one system: the state before, the invariant, and one solver for each query.
 
-    An impatient prover does without model-based instantiation.
+    An impatient prover does without model-based instantiation.  `given` is known to hold always.
     """
 
     def __init__(
@@ -143,6 +144,7 @@ class Prover:
         seed: int = 0,
         *,
         patient: bool = True,
+        given: Sequence[Conjunct] = (),
     ) -> None:
         self.system = system
         self.patient = patient
@@ -151,6 +153,7 @@ class Prover:
         self.encoder = Unbounded(system)
         self.axioms = self.encoder.axioms()
         self.before, self.facts = self.encoder.before()
+        self.facts = [*self.facts, *(self.encoder.term(c.formula, self.before, {}) for c in given)]
         self.assumed = {
             c.identifier: self.encoder.term(c.formula, self.before, {}) for c in invariant
         }
@@ -222,9 +225,9 @@ Work = tuple[str, frozenset[str]]
 _prover: Prover | None = None
 
 
-def _start_worker(system: System, seed: int, patient: bool) -> None:
+def _start_worker(system: System, seed: int, patient: bool, given: Sequence[Conjunct]) -> None:
     global _prover
-    _prover = Prover(system, conjuncts(system), seed, patient=patient)
+    _prover = Prover(system, conjuncts(system), seed, patient=patient, given=given)
 
 
 def _run(work: Work, wanted: frozenset[str], prover: Prover | None = None) -> list[Query]:
@@ -248,15 +251,17 @@ def prove(
 ) -> Induction:
     """Find the largest inductive part of the invariant of a system (of one profile).
 
-    `jobs` processes share the steps.  `progress` is called with every query that was answered.
+    What the model that this one is superposed on proves is proved there, and assumed here.  `jobs`
+    processes share the steps.  `progress` is called with every query that was answered.
     Without patience there is no model-based instantiation.
     """
     begun = time.perf_counter()
     invariant = conjuncts(system)
+    given = known(system, seed, jobs)
     answered: list[Query] = []
     failed: dict[str, tuple[Query, ...]] = {}
     names = [INIT, *(s.name for s in system.steps)]
-    with _Runner(system, invariant, seed, jobs, patient) as runner:
+    with _Runner(system, invariant, seed, jobs, patient, given) as runner:
         while True:
             dropped = frozenset(failed)
             wanted = frozenset(c.identifier for c in invariant) - dropped
@@ -284,6 +289,18 @@ def prove(
     )
 
 
+def known(system: System, seed: int = 0, jobs: int = 1) -> tuple[Conjunct, ...]:
+    """What the model proves on which a system is superposed; proved once for each process."""
+    return () if system.base is None else _known(system.base, seed, jobs)
+
+
+@lru_cache(maxsize=8)
+def _known(base: System, seed: int, jobs: int) -> tuple[Conjunct, ...]:
+    proof = prove(base, seed=seed, jobs=jobs)
+    kept = tuple(c for c in proof.conjuncts if c.identifier in proof.inductive)
+    return (*kept, *known(base, seed, jobs))
+
+
 def _by_owner(invariant: Sequence[Conjunct], answered: Sequence[Query]) -> dict[str, float]:
     owners = {c.identifier: c.owner for c in invariant}
     total: dict[str, float] = {}
@@ -297,16 +314,22 @@ class _Runner:
     """Runs the queries of many steps, here or in processes."""
 
     def __init__(
-        self, system: System, invariant: Sequence[Conjunct], seed: int, jobs: int, patient: bool
+        self,
+        system: System,
+        invariant: Sequence[Conjunct],
+        seed: int,
+        jobs: int,
+        patient: bool,
+        given: Sequence[Conjunct],
     ) -> None:
         self._pool: ProcessPoolExecutor | None = None
         self._prover: Prover | None = None
         if jobs > 1:
             self._pool = ProcessPoolExecutor(
-                jobs, initializer=_start_worker, initargs=(system, seed, patient)
+                jobs, initializer=_start_worker, initargs=(system, seed, patient, given)
             )
         else:
-            self._prover = Prover(system, invariant, seed, patient=patient)
+            self._prover = Prover(system, invariant, seed, patient=patient, given=given)
 
     def __enter__(self) -> _Runner:
         return self

@@ -122,7 +122,17 @@ class Unbounded(Encoder):
                 view.maps[variable.name] = _constant_reader(value)
             else:
                 view.scalars[variable.name] = value
-        return view, self._fresh_counts(view, self._counts, "initially")
+        unclear = []
+        for count in self._counts:
+            tally = self.tally(count, view, known=False)
+            holds = tally.holds(z.int_const(z.fresh_name("p")))
+            if z.is_false(holds):
+                view.prefixes[count.name] = counting.nothing(tally.size).prefix
+            elif z.is_true(holds):
+                view.prefixes[count.name] = counting.everything(tally.size).prefix
+            else:
+                unclear.append(count)
+        return view, self._fresh_counts(view, unclear, "initially")
 
     def parameters(self, step: Step) -> tuple[dict[str, Term], list[Term]]:
         """An unknown value in the range of its type for each parameter."""
@@ -275,7 +285,7 @@ def choose_patterns(
 def sized_indexes(system: System) -> frozenset[str]:
     """Names of the indexes whose size the system speaks of."""
     found: set[str] = set()
-    formulas: list[Node] = [p.formula for p in system.properties]
+    formulas: list[Node] = [p.formula for p in system.claims()]
     for step in system.steps:
         formulas += [n.formula for n in step.when]
         formulas += [a.value for a in step.then]

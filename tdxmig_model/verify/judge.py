@@ -28,7 +28,7 @@ from tdxmig_model.errors import UsageError
 from tdxmig_model.explore import Exploration, explore
 from tdxmig_model.expr import Instance, Interpreter, Node, Property, System, not_
 from tdxmig_model.smt.bounded import inside, search
-from tdxmig_model.smt.induction import Induction, Prover, Query, prove
+from tdxmig_model.smt.induction import Induction, Prover, Query, known, prove
 from tdxmig_model.smt.lemmas import count_lemmas
 from tdxmig_model.smt.runs import Run, replay
 from tdxmig_model.smt.z3api import Answer
@@ -399,7 +399,7 @@ class _Judge:
         if not rest:
             return ()
         kept = [c for c in self.induction.conjuncts if c.identifier in self.induction.inductive]
-        prover = Prover(self.part, kept, self.seed)
+        prover = Prover(self.part, kept, self.seed, given=known(self.part, self.seed))
         return tuple(s.name for s in rest if prover.can_fire(s) is Answer.UNSAT)
 
 

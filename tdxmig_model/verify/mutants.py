@@ -17,7 +17,7 @@ from tdxmig_model.errors import UsageError
 from tdxmig_model.explore import explore
 from tdxmig_model.expr import Interpreter, Node, Property, System, any_of, not_
 from tdxmig_model.smt.bounded import inside, search
-from tdxmig_model.smt.induction import Prover, conjuncts, prove
+from tdxmig_model.smt.induction import Prover, conjuncts, known, prove
 from tdxmig_model.smt.runs import Run, replay
 from tdxmig_model.smt.z3api import Answer
 from tdxmig_model.story import Story, tell
@@ -212,7 +212,7 @@ def _broken(mutant: System, run: Run, claims: Sequence[Property]) -> Property | 
 def _still_inductive(part: System, mutant: System, seed: int) -> bool:
     """Whether the whole invariant is kept without the conjunct: the rows that lost it can tell."""
     invariant = conjuncts(mutant)
-    prover = Prover(mutant, invariant, seed, patient=False)
+    prover = Prover(mutant, invariant, seed, patient=False, given=known(mutant, seed))
     weaker = [s for s in mutant.steps if s.when != part.step(s.name).when]
     queries = [q for s in weaker for q in prover.kept_by(s, invariant)]
     return all(q.answer is Answer.UNSAT for q in queries)
