@@ -142,7 +142,7 @@ PROPERTIES = (
         "All bundles of a session carry the version that it began with.",
         "leaf",
         "MIG_VERSION, MIG_WORKING_VERSION",
-        guards=(("export_bundle", "op_state"),),
+        guards=(("export_token", "first_stream"),),
         witness=all_of(r.log_length.eq(2), r.version.ne(r.working_version)),
     ),
 )
