@@ -60,7 +60,7 @@ PROPERTIES = (
         "and its streams use its keys.",
         "leaf",
         "TDH.EXPORT.STATE.IMMUTABLE, TDH.IMPORT.STATE.IMMUTABLE (the key part of P7)",
-        guards=(("import_bundle", "not_starting"),),
+        guards=(("import_bundle", "epoch"),),
         witness=all_of(r.sessions.eq(2), _exporting, r.initialized[1]),
     ),
     Property(
@@ -103,7 +103,7 @@ PROPERTIES = (
         guards=(
             ("start_export", "not_own_key"),
             ("start_import", "not_own_key"),
-            ("import_bundle", "not_starting"),
+            ("import_bundle", "epoch"),
         ),
         witness=all_of(r.sessions.eq(2), r.log_length.eq(3)),
     ),

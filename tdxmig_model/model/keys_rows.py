@@ -322,15 +322,30 @@ IMPORTS = (
         (i, c),
         when=(
             _in(MEMORY_IMPORT, LIVE_IMPORT),
-            need("not_starting", not_(starting), *repaired("R4")),
+            need("epoch", not_(starting)),
         ),
         then=(
             initialized[i].to(True),
             stream_key[i].to(choose(initialized[i], stream_key[i], dec_working)),
             iv_counter[i].to(c),
         ),
-        why="The stream is initialised for import, and takes IV_COUNTER from the MBMD.",
+        why="In its epoch a bundle initialises its stream and sets its IV_COUNTER.",
         cite=_leaf("IMPORT.MEM", 83),
+    ),
+    step(
+        "refused_bundle",
+        SOURCE,
+        (i,),
+        when=(_in(LIVE_IMPORT), need("starting", starting)),
+        then=(
+            initialized[i].to(True),
+            stream_key[i].to(choose(initialized[i], stream_key[i], dec_working)),
+            iv_counter[i].to(choose(initialized[i], iv_counter[i], 0)),
+            starting.to(i.ne(0)),
+        ),
+        why="IMPORT.MEM initialises its stream, drops an unfinished call, and then sees the epoch.",
+        cite=_leaf("IMPORT.MEM", 83) + ", a bundle of another epoch",
+        profiles=unrepaired("R4"),
     ),
     step(
         "commit_td",
