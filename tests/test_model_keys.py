@@ -24,7 +24,7 @@ from tdxmig_model.verify.judge import reach, small_instance
 
 OURS = (KEYS, KEY_WORDS, TERMS, FORKS)
 CLAIMS = {
-    "keys": {"P7", "P11", "P27", "P28", "P29"},
+    "keys": {"L13", "P11", "P27", "P28", "P29"},
     "key_words": {"P31"},
     "terms": {"P9"},
     "forks": {"P3", "P4", "P30", "L11", "L12"},
@@ -109,7 +109,7 @@ def test_a_proof_does_not_depend_on_the_seed(system: System, seed: int) -> None:
 
 # Steps of a run, in their order, after which a claim does not hold under tdx-1.5.01.
 VIOLATED = {
-    ("keys", "P7"): ["read_enc_key_without_entropy"],
+    ("keys", "L13"): ["read_enc_key_without_entropy"],
     ("keys", "P11"): ["start_export", "write_version", "finish_start", "export_token"],
     ("keys", "P27"): [
         "start_export",
@@ -148,9 +148,9 @@ def test_every_claim_needs_a_repair() -> None:
 # What is lost with one repair, all others standing.  P4 needs R6 as well, but three exchanges to
 # tell, which the searched instance does not have.
 LOST = {
-    ("keys", "R4"): {"P7", "P28"},
+    ("keys", "R4"): {"L13", "P28"},
     ("keys", "R5"): {"P28", "P29"},
-    ("keys", "R6"): {"P7", "P27", "P28"},
+    ("keys", "R6"): {"L13", "P27", "P28"},
     ("keys", "R10"): {"P11"},
     ("key_words", "R7"): {"P31"},
     ("terms", "R4"): {"P9"},
@@ -234,11 +234,11 @@ def lacking(system: System, step: str, variable: str) -> System:
 
 # The deletions that are effects here: the number, the step, the variable, and what is broken.
 EFFECTS = [
-    (10, "keys", "start_export", "mig_enc_key", "P7"),
+    (10, "keys", "start_export", "mig_enc_key", "L13"),
     (13, "keys", "export_bundle", "iv_counter", "P27"),
     (14, "keys", "export_entry", "iv_counter", "P27"),
     (36, "forks", "make_abort_token", "destination_op_state", "P3"),
-    (45, "keys", "start_export", "mig_working_version", "P7"),
+    (45, "keys", "start_export", "mig_working_version", "L13"),
     (58, "forks", "begin_exchange", "source_mig_dec_key_set", "P30"),
     (58, "forks", "answer_exchange", "destination_mig_dec_key_set", "P30"),
 ]
@@ -252,7 +252,7 @@ def test_each_effect_is_needed(name: str, step: str, variable: str, broken: str)
 def test_streams_are_cleared_twice() -> None:
     """M44: the start of the next session clears INITIALIZED as well, so an abort need not."""
     assert prove(lacking(KEYS, "abort_export", "initialized")).failed == {}
-    assert run_against(lacking(KEYS, "start_export", "initialized"), "P7") is not None
+    assert run_against(lacking(KEYS, "start_export", "initialized"), "L13") is not None
 
 
 def test_the_stream_in_the_iv_is_needed() -> None:

@@ -15,15 +15,18 @@ from tdxmig_model import names
 from tdxmig_model.backend.soft import status
 from tdxmig_model.errors import UsageError
 from tdxmig_model.expr import Assign, EnumType, Goal, Need, Property, Step, System, Variable
+from tdxmig_model.model.forks import FORKS
+from tdxmig_model.model.key_words import KEY_WORDS
+from tdxmig_model.model.keys import KEYS
 from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.lifecycle import LIFECYCLE
-from tdxmig_model.model.systems import SYSTEMS as EVERY
+from tdxmig_model.model.terms import TERMS
 from tdxmig_model.model.words import HARDENED, PROFILES
 from tdxmig_model.project import Edge, edges
 
 Item = dict[str, Any]
 
-SYSTEMS = (LEAF, LIFECYCLE, *(s for s in EVERY if s not in (LEAF, LIFECYCLE)))
+SYSTEMS = (LEAF, LIFECYCLE, KEYS, KEY_WORDS, TERMS, FORKS)
 # Model, the variable that holds the state of a side, and the side.
 STATES = (
     (LEAF, "source_op_state", "source"),

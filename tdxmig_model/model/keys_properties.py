@@ -39,7 +39,7 @@ def _every_pair(body: object) -> Node:
 
 PROPERTIES = (
     Property(
-        "P7",
+        "L13",
         implies(
             r.sessions.ge(1),
             all_of(
