@@ -44,6 +44,7 @@ def test_every_listed_name_is_found() -> None:
 
 _KINDS = {
     **{f"{s.name} {w}": ("property",) for s in SYSTEMS for w in ("properties", "lemmas")},
+    "widths properties": ("property",),
     "OP_STATEs": ("state",),
     "source phases": ("state",),
     "destination phases": ("state",),
@@ -264,7 +265,7 @@ def test_a_profile_shows_what_only_it_has(profile: str, capsys: pytest.CaptureFi
         (part, step.name)
         for system in SYSTEMS
         for step in system.steps
-        for part, things in (("row", [step]), ("conjunct", step.when), ("update", step.then))
+        for part, things in (("row", (step,)), ("conjunct", step.when), ("update", step.then))
         for thing in things
         if thing.profiles is not None and thing.profiles & set(PROFILES) == {profile}
     ]

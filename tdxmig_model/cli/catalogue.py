@@ -15,6 +15,7 @@ from tdxmig_model import names
 from tdxmig_model.backend.soft import status
 from tdxmig_model.errors import UsageError
 from tdxmig_model.expr import Assign, EnumType, Goal, Need, Property, Step, System, Variable
+from tdxmig_model.model.control_properties import CONTROL
 from tdxmig_model.model.forks import FORKS
 from tdxmig_model.model.key_words import KEY_WORDS
 from tdxmig_model.model.keys import KEYS
@@ -23,10 +24,11 @@ from tdxmig_model.model.lifecycle import LIFECYCLE
 from tdxmig_model.model.terms import TERMS
 from tdxmig_model.model.words import HARDENED, PROFILES
 from tdxmig_model.project import Edge, edges
+from tdxmig_model.verify import widths
 
 Item = dict[str, Any]
 
-SYSTEMS = (LEAF, LIFECYCLE, KEYS, KEY_WORDS, TERMS, FORKS)
+SYSTEMS = (LEAF, LIFECYCLE, CONTROL, KEYS, KEY_WORDS, TERMS, FORKS)
 # Model, the variable that holds the state of a side, and the side.
 STATES = (
     (LEAF, "source_op_state", "source"),
@@ -34,7 +36,11 @@ STATES = (
     (LIFECYCLE, "source_phase", "source"),
     (LIFECYCLE, "destination_phase", "destination"),
 )
-_KINDS = {LEAF.name: names.Kind.LEAF, LIFECYCLE.name: names.Kind.LIFECYCLE}
+_KINDS = {
+    LEAF.name: names.Kind.LEAF,
+    LIFECYCLE.name: names.Kind.LIFECYCLE,
+    CONTROL.name: names.Kind.LEAF,
+}
 
 
 def find(name: str, profile: str = HARDENED) -> list[Item]:
@@ -63,6 +69,7 @@ def listing() -> dict[str, list[str]]:
         lists[f"{system.name} properties"] = [p.identifier for p in claimed if p.level != "lemma"]
         lists[f"{system.name} lemmas"] = [p.identifier for p in claimed if p.level == "lemma"]
         lists[f"{system.name} goals"] = [g.identifier for g in system.goals]
+    lists[f"{widths.WIDTHS} properties"] = list(widths.SENTENCES)
     lists["OP_STATEs"] = list(_members(*STATES[0][:2]))
     lists["source phases"] = list(_members(*STATES[2][:2]))
     lists["destination phases"] = list(_members(*STATES[3][:2]))
@@ -146,6 +153,26 @@ def _properties(name: str, _profile: str) -> Iterator[Item]:
         for claimed in system.properties:
             if claimed.identifier.lower() == name.lower():
                 yield _property(system, claimed)
+    for identifier, sentence in widths.SENTENCES.items():
+        if identifier.lower() == name.lower():
+            yield _property_by_lemmas(identifier, sentence)
+
+
+def _property_by_lemmas(identifier: str, sentence: str) -> Item:
+    """A property of machine widths: what its lemmas say is its formula."""
+    parts = [f"{x.identifier}: {x.sentence}" for x in widths.stated_lemmas(identifier, HARDENED)]
+    return {
+        "kind": "property",
+        "name": identifier,
+        "model": widths.WIDTHS,
+        "level": "leaf",
+        "sentence": sentence,
+        "formula": " ".join(parts),
+        "guards": [],
+        "witness": None,
+        "cite": "",
+        "profiles": None,
+    }
 
 
 def _property(system: System, claimed: Property) -> Item:
@@ -298,7 +325,7 @@ def _only_in(profile: str) -> Iterator[Item]:
                 if has(assign.profiles):
                     yield {**where, "what": "update", "text": str(assign)}
         for claimed in system.properties:
-            if has(claimed.profiles):
+            if claimed.level != "lemma" and has(claimed.profiles):
                 text = f"{claimed.identifier}: {claimed.sentence}"
                 yield {"model": system.name, "step": None, "what": "property", "text": text}
 

@@ -15,9 +15,10 @@ from tdxmig_model.errors import UsageError
 from tdxmig_model.model.systems import SYSTEMS
 from tdxmig_model.model.words import HARDENED, PROFILES
 from tdxmig_model.smt.induction import Query
-from tdxmig_model.verify import Mutant, Report, Row, every, listed, mutants, verify
+from tdxmig_model.verify import Mutant, Report, Row, every, listed, mutants, verify, verify_widths
 from tdxmig_model.verify.mutants import Deletion
 from tdxmig_model.verify.scope import not_stated
+from tdxmig_model.verify.widths import SENTENCES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -105,10 +106,10 @@ def command(
 def _reports(profile: str, properties: Sequence[str], jobs: int, seed: int) -> list[Report]:
     """Judge each model that has one of the properties (all models and properties by default)."""
     claimed = {s.name: [p.identifier for p in s.under(profile).properties] for s in SYSTEMS}
+    known_names = [p for known in claimed.values() for p in known] + list(SENTENCES)
     for name in properties:
-        if not any(name in known for known in claimed.values()):
-            every = [p for known in claimed.values() for p in known]
-            raise UsageError(f"no property {name} under {profile}{_hint(name, every)}")
+        if name not in known_names:
+            raise UsageError(f"no property {name} under {profile}{_hint(name, known_names)}")
     reports = []
     with output.progress_console().status("verify") as status:
         done: Counter[str] = Counter()
@@ -124,6 +125,9 @@ def _reports(profile: str, properties: Sequence[str], jobs: int, seed: int) -> l
                 reports.append(
                     verify(system, profile, chosen or None, seed=seed, jobs=jobs, progress=tick)
                 )
+        by_lemmas = [name for name in properties if name in SENTENCES]
+        if by_lemmas or not properties:
+            reports.append(verify_widths(profile, by_lemmas or None, seed=seed, progress=tick))
     return reports
 
 
@@ -214,7 +218,7 @@ def mutants_as_json(profile: str, found: Sequence[Mutant], *, named: bool) -> di
 
 
 def _stated() -> list[str]:
-    return [p.identifier for s in SYSTEMS for p in s.properties]
+    return [*(p.identifier for s in SYSTEMS for p in s.properties), *SENTENCES]
 
 
 def _console() -> Console:

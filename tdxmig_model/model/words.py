@@ -16,7 +16,7 @@ TDX_1_5_01 = "tdx-1.5.01"
 PROFILES = (HARDENED, TDX_1_5_01)
 """The profiles that a user can choose; the others tell which repair removes a counterexample."""
 
-REPAIRS = tuple(f"R{n}" for n in range(1, 14))
+REPAIRS = tuple(f"R{n}" for n in range(1, 15))
 """The repairs of the hardened profile, by their ids in specs/repairs.toml."""
 
 

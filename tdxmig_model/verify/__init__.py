@@ -2,6 +2,7 @@
 
 from tdxmig_model.verify.judge import Report, Row, Verdict, reach, small_instance, verify
 from tdxmig_model.verify.mutants import Mutant, every, listed, mutants
+from tdxmig_model.verify.widths import verify_widths
 
 __all__ = [
     "Mutant",
@@ -14,4 +15,5 @@ __all__ = [
     "reach",
     "small_instance",
     "verify",
+    "verify_widths",
 ]
