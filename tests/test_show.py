@@ -43,13 +43,8 @@ def test_every_listed_name_is_found() -> None:
 
 
 _KINDS = {
-    "leaf properties": ("property",),
-    "lifecycle properties": ("property",),
-    "control properties": ("property",),
+    **{f"{s.name} {w}": ("property",) for s in SYSTEMS for w in ("properties", "lemmas")},
     "widths properties": ("property",),
-    "leaf lemmas": ("property",),
-    "lifecycle lemmas": ("property",),
-    "control lemmas": ("property",),
     "OP_STATEs": ("state",),
     "source phases": ("state",),
     "destination phases": ("state",),

@@ -36,8 +36,30 @@ from tdxmig_model.story import Story, tell
 
 Verdict = Literal["proved", "exhausted", "bounded", "violated", "reachable", "vacuous", "unknown"]
 
-SMALL = {"Page": 1, "Stream": 1, "Vcpu": 1, "Message": 6, "Epoch": 4, "Field": 4}
-LARGER = {"Page": 2, "Stream": 2, "Vcpu": 2, "Message": 7, "Epoch": 4, "Field": 5}
+SMALL = {
+    "Page": 1,
+    "Stream": 1,
+    "Vcpu": 1,
+    "Message": 6,
+    "Epoch": 4,
+    "Field": 4,
+    "Exchange": 3,
+    "Key": 5,
+    "Use": 3,
+    "Counter": 1,
+}
+LARGER = {
+    "Page": 2,
+    "Stream": 2,
+    "Vcpu": 2,
+    "Message": 7,
+    "Epoch": 4,
+    "Field": 5,
+    "Exchange": 4,
+    "Key": 6,
+    "Use": 4,
+    "Counter": 2,
+}
 """Sizes of the instances that are searched, by index; any other index has two elements."""
 
 STATES = 200_000
