@@ -133,7 +133,7 @@ class Enforcer:
         return self.monitor.shown()
 
     def legal(self) -> list[str]:
-        """The steps of this side that could be legal now."""
+        """The steps of this side that are legal now, with some parameters at least."""
         return self.monitor.legal()
 
     # --- before ----------------------------------------------------------------------------------

@@ -128,7 +128,7 @@ class LifecycleMachine:
         return Refused(event, self.monitor.shown(), [Unmet(label, needed, {})], self.legal())
 
     def legal(self) -> list[str]:
-        """The events that could be fired now, by name."""
+        """The events that can be fired now, with some parameters at least, by name."""
         return [event_name(self.side, step) for step in self.monitor.legal()]
 
     def assume(self, **network: Value) -> None:

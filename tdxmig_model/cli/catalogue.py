@@ -89,7 +89,7 @@ def _steps(name: str, _profile: str) -> Iterator[Item]:
             row = name_row(system, step)
             own = step.name.removeprefix(f"{step.actor}_")
             called = {step.name, own} | ({row.step} if row is not None else set())
-            if name in called | {f"{step.actor}:{word}" for word in called - {step.name}}:
+            if name in called or name in {f"{step.actor}:{word}" for word in called}:
                 yield step_item(system, step)
 
 
