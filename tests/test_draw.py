@@ -397,3 +397,19 @@ def test_without_a_renderer_only_dot_is_written(
     monkeypatch.setattr(draw, "renderers", list)
     written = draw.write_all(tmp_path)
     assert [path.name for path in written] == [f"{name}.dot" for name in NAMES]
+
+
+def test_the_legend_says_what_every_kind_of_mark_means():
+    texts = draw.dot_texts()
+    for name, text in texts.items():
+        legend = text[text.index("legend [") :]
+        assert ("START_EPOCH" in legend) is ("START_EPOCH" in text.replace(legend, "")), name
+        assert "under a step: what it needs" in legend
+        for colour, line in (("blue", draw.RECORD_LINE), ("orange", draw.RETURN_LINE)):
+            assert (f"{colour} dashed arrow" in legend) is (f'color="{line}"' in text), name
+
+
+def test_no_text_of_an_svg_begins_with_a_space_that_would_collapse():
+    for path in sorted(DIAGRAMS.glob("*.svg")):
+        texts = re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
+        assert [t for t in texts if t.strip(" ") and t.startswith(" ")] == [], path.name
