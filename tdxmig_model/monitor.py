@@ -1,8 +1,7 @@
 """A system at run time: it accepts a step or refuses it and says why.
 
 A refusal changes nothing, names every conjunct that does not hold with the values it read, and
-lists what
-would be legal instead.
+lists what would be legal instead.
 """
 
 from __future__ import annotations
@@ -42,9 +41,8 @@ class Monitor:
     """The state of one system in one instance, moved only by its steps.
 
     `headline` names the variables that every refusal shows.  Maps over a page index become NumPy
-    arrays, so
-    that a bundle's entries are one compiled step.  Ghosts are followed only where properties are to
-    be evaluated on the state.
+    arrays, so that a bundle's entries are one compiled step.  Ghosts are followed only where
+    properties are to be evaluated on the state.
     """
 
     def __init__(
