@@ -411,5 +411,23 @@ def test_the_legend_says_what_every_kind_of_mark_means():
 
 def test_no_text_of_an_svg_begins_with_a_space_that_would_collapse():
     for path in sorted(DIAGRAMS.glob("*.svg")):
-        texts = re.findall(r"<text[^>]*>([^<]*)</text>", path.read_text())
+        texts = re.findall(r"<t(?:ext|span)[^>]*>([^<]+)<", path.read_text())
         assert [t for t in texts if t.strip(" ") and t.startswith(" ")] == [], path.name
+
+
+def test_another_font_does_not_shift_what_is_centred():
+    svg = ElementTree.parse(DIAGRAMS / "source_op_state.svg").getroot()
+    name = "{http://www.w3.org/2000/svg}"
+    moves = 0
+    for node in svg.iter(f"{name}g"):
+        title = node.find(f"{name}title")
+        if node.get("class") != "node" or title is None or " move " not in (title.text or ""):
+            continue
+        moves += 1
+        outline = next(node.iter(f"{name}path")).get("d", "")
+        across = [float(x) for x in re.findall(r"(-?[\d.]+),", outline)]
+        for text in node.iter(f"{name}text"):
+            assert text.get("text-anchor") == "middle"
+            middle = (min(across) + max(across)) / 2
+            assert float(text.get("x", "nan")) == pytest.approx(middle, abs=0.1)
+    assert moves > 5

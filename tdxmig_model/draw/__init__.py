@@ -17,6 +17,7 @@ from pathlib import Path
 
 import graphviz
 
+from tdxmig_model.draw.centre import centred
 from tdxmig_model.draw.labels import INK, MEANINGS, Labels, PlainLabels, TableLabels
 from tdxmig_model.draw.view import Loop, Move, Side, meaning, side
 from tdxmig_model.expr import System
@@ -219,7 +220,7 @@ def write_all(folder: Path, leaf: System = LEAF, lifecycle: System = LIFECYCLE) 
 
 def _svg(drawable: str, dot: str, renderer: str) -> str:
     """The SVG of a text, with the digest of the DOT file beside it as a comment before it."""
-    head, opening, rest = render_svg(drawable, renderer=renderer).partition("<svg")
+    head, opening, rest = centred(render_svg(drawable, renderer=renderer)).partition("<svg")
     return head + DIGEST.format(digest(dot)) + opening + rest
 
 
