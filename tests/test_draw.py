@@ -340,7 +340,7 @@ def test_every_renderer_draws_every_word(
         shown = view(system, actor, variable)
         name = variable if system is LEAF else f"lifecycle_{actor}"
         svg = (tmp_path / f"{name}.svg").read_text()
-        drawn = "\n".join(e.text or "" for e in ElementTree.fromstring(svg).iter(SVG_TEXT))
+        drawn = "\n".join("".join(e.itertext()) for e in ElementTree.fromstring(svg).iter(SVG_TEXT))
         loops = (loop for found in shown.loops.values() for loop in found)
         rows: list[Loop | Move] = [*shown.moves, *loops]
         for word in (*shown.states, *(row.leaf for row in rows), *(row.variant for row in rows)):
@@ -430,4 +430,4 @@ def test_another_font_does_not_shift_what_is_centred():
             assert text.get("text-anchor") == "middle"
             middle = (min(across) + max(across)) / 2
             assert float(text.get("x", "nan")) == pytest.approx(middle, abs=0.1)
-    assert moves > 5
+    assert moves >= 5
