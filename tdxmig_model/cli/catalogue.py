@@ -102,7 +102,8 @@ def _steps(name: str, _profile: str) -> Iterator[Item]:
         for step in system.steps:
             row = name_row(system, step)
             own = step.name.removeprefix(f"{step.actor}_")
-            if name in (step.name, own) or (row is not None and row.step == name):
+            called = {step.name, own} | ({row.step} if row is not None else set())
+            if name in called or name in {f"{step.actor}:{word}" for word in called}:
                 yield step_item(system, step)
 
 

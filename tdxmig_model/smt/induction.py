@@ -15,8 +15,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
+from types import TracebackType
 
 from tdxmig_model.expr import (
     IndexType,
@@ -30,6 +32,7 @@ from tdxmig_model.expr import (
     all_of,
     forall,
 )
+from tdxmig_model.pool import pool
 from tdxmig_model.smt.encode import reads, split
 from tdxmig_model.smt.unbounded import Unbounded, sized_indexes
 from tdxmig_model.smt.z3api import Answer, Solver, Term
@@ -341,19 +344,23 @@ class _Runner:
     ) -> None:
         self._pool: ProcessPoolExecutor | None = None
         self._prover: Prover | None = None
+        self._stack = ExitStack()
         if jobs > 1:
-            self._pool = ProcessPoolExecutor(
-                jobs, initializer=_start_worker, initargs=(system, seed, patient, given)
-            )
+            workers = pool(jobs, _start_worker, (system, seed, patient, given))
+            self._pool = self._stack.enter_context(workers)
         else:
             self._prover = Prover(system, invariant, seed, patient=patient, given=given)
 
     def __enter__(self) -> _Runner:
         return self
 
-    def __exit__(self, *_exception: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
 
     def run(self, work: Sequence[Work], wanted: frozenset[str]) -> Iterable[list[Query]]:
         """The queries of each piece of work, in the order of the work."""

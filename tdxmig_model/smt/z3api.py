@@ -354,11 +354,16 @@ class Solver:
         self._raw.pop()
 
     def check(self, *, rlimit: int = 0, assumptions: Sequence[Term] = ()) -> Answer:
-        """Decide; `rlimit` bounds the work in z3's deterministic unit, 0 for no bound."""
+        """Decide; `rlimit` bounds the work in z3's deterministic unit, 0 for no bound.
+
+        KeyboardInterrupt if somebody interrupts it.
+        """
         self._raw.set("rlimit", rlimit)
         answer = self._raw.check(*assumptions)
         if answer == z3.unsat:
             return Answer.UNSAT
+        if answer == z3.unknown and self.reason() == "interrupted from keyboard":
+            raise KeyboardInterrupt  # z3 took the signal, and Python never hears of it
         return Answer.SAT if answer == z3.sat else Answer.UNKNOWN
 
     def model(self) -> Model:

@@ -20,13 +20,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from types import TracebackType
 from typing import Literal
 
 from tdxmig_model.errors import UsageError
 from tdxmig_model.explore import Exploration, explore
 from tdxmig_model.expr import Instance, Interpreter, Node, Property, System, not_
+from tdxmig_model.pool import pool
 from tdxmig_model.smt.bounded import inside, search
 from tdxmig_model.smt.induction import Induction, Prover, Query, known, prove
 from tdxmig_model.smt.lemmas import count_lemmas
@@ -304,14 +307,22 @@ class _Aside:
     """The search for witnesses: in a process of its own while the proof runs, or in line."""
 
     def __init__(self, parallel: bool) -> None:
-        self._pool = ProcessPoolExecutor(1) if parallel else None
+        self._parallel = parallel
+        self._pool: ProcessPoolExecutor | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> _Aside:
+        if self._parallel:
+            self._pool = self._stack.enter_context(pool(1))
         return self
 
-    def __exit__(self, *_exception: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
 
     def submit(
         self,

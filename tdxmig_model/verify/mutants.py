@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -16,6 +15,7 @@ from typing import Literal
 from tdxmig_model.errors import UsageError
 from tdxmig_model.explore import explore
 from tdxmig_model.expr import Interpreter, Node, Property, System, any_of, not_
+from tdxmig_model.pool import pool
 from tdxmig_model.smt.bounded import inside, search
 from tdxmig_model.smt.induction import Prover, conjuncts, known, prove
 from tdxmig_model.smt.runs import Run, replay
@@ -135,8 +135,8 @@ def _mapped(
     if jobs == 1 or len(chosen) == 1:
         yield from map(judge, chosen)
         return
-    with ProcessPoolExecutor(jobs) as pool:
-        yield from pool.map(judge, chosen)
+    with pool(jobs) as workers:
+        yield from workers.map(judge, chosen)
 
 
 def judge_deletion(
