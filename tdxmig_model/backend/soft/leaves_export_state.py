@@ -98,7 +98,8 @@ def export_state_immutable(call: Call) -> Steps[int]:
     else:
         call.shared_page(page_list(call, MIN_PAGES["immutable"]).hpa, Operand.R9)
         record = _start_session(call, tdcs, link)
-    list_size = DEMONSTRATION_LIST_SIZE if call.module.demonstration else PAGE_SIZE
+    module = call.module
+    list_size = DEMONSTRATION_LIST_SIZE if module.demonstration else module.list_size
     state = _State(link, "immutable", immutable_pages(tdr, tdcs, list_size), operands)
     with _interruptible_start(call, tdcs):
         mac = yield from _export_pages(call, state, record)
@@ -191,19 +192,19 @@ def immutable_pages(tdr: Tdr, tdcs: Tdcs, list_size: int = PAGE_SIZE) -> list[by
     return build_lists("immutable", values, list_size=list_size)
 
 
-def td_pages(tdcs: Tdcs) -> list[bytes]:
+def td_pages(tdcs: Tdcs, list_size: int = PAGE_SIZE) -> list[bytes]:
     """Metadata pages of the mutable TD state."""
     values: dict[str, Value] = _of_scope(tdcs.fields, "td")
     values.update(
         IMPORT_COUNT=tdcs.import_count, SERVTD_BINDINGS_TABLE=bindings_table(tdcs.binding)
     )
-    return build_lists("td", values)
+    return build_lists("td", values, list_size=list_size)
 
 
-def vcpu_pages(vcpu: Tdvps) -> list[bytes]:
+def vcpu_pages(vcpu: Tdvps, list_size: int = PAGE_SIZE) -> list[bytes]:
     """Metadata pages of one vCPU."""
     values = {**vcpu.registers, "VCPU_STATE": int(vcpu.state)}
-    return build_lists("vp", values)
+    return build_lists("vp", values, list_size=list_size)
 
 
 def _of_scope(fields: dict[str, Value], scope: Scope) -> dict[str, Value]:
@@ -247,7 +248,8 @@ def export_state_td(call: Call) -> Steps[int]:
             mig_version=tdcs.mig_working_version,
         )
         record = _new_record(call, migsc, mbmd)
-    yield from _finish(call, tdcs, _State(link, "td", td_pages(tdcs), operands), record)
+    pages = td_pages(tdcs, call.module.list_size)
+    yield from _finish(call, tdcs, _State(link, "td", pages, operands), record)
     return Status.TDX_SUCCESS
 
 
@@ -300,6 +302,7 @@ def export_state_vp(call: Call) -> Steps[int]:
             mig_version=tdcs.mig_working_version,
         )
         record = _new_record(call, migsc, mbmd)
-    yield from _finish(call, tdcs, _State(link, "vp", vcpu_pages(vcpu), operands), record)
+    pages = vcpu_pages(vcpu, call.module.list_size)
+    yield from _finish(call, tdcs, _State(link, "vp", pages, operands), record)
     vcpu.export_count = tdcs.export_count
     return Status.TDX_SUCCESS
