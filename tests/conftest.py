@@ -3,7 +3,7 @@
 import pytest
 from iv_record import CHILDREN, RECORD
 
-pytest.register_assert_rewrite("error_rows", "soft_pair", "soft_calls")
+pytest.register_assert_rewrite("error_rows", "soft_pair", "soft_calls", "soft_migration")
 RECORD.install()
 
 
