@@ -78,6 +78,10 @@ def export_state_immutable(call: Call) -> Steps[int]:
         MIGRATION_DECRYPTION_KEY_NOT_SET; RND_NO_ENTROPY; MAX_EXPORTS_EXCEEDED;
         MIGRATION_STREAM_STATE_INCORRECT; INVALID_RESUMPTION;
         OPERAND_INVALID|MIG_BUFF_LIST_ENTRY; INTERRUPTED_RESUMABLE.
+    Source: tdh_export_state_immutable.c.
+
+    Repair R5 (hardened): INVALID_MIGRATION_DECRYPTION_KEY for a degenerate key.  Repair R4
+    (hardened): OP_STATE_INCORRECT for a NEW call while one is interrupted.
     """
     registers = call.registers
     hpa, registers.rdx = registers.rcx, 0
@@ -226,6 +230,9 @@ def export_state_td(call: Call) -> Steps[int]:
     Status: the prologue's; OPERAND_INVALID|R10; BUSY|MIGSC; MIGRATION_STREAM_STATE_INCORRECT;
         INVALID_RESUMPTION; OPERAND_INVALID|R9, |MIG_BUFF_LIST_ENTRY, |R8 (last);
         INTERRUPTED_RESUMABLE.
+    Source: tdh_export_state_td.c.
+
+    Repair R1 (hardened): INVALID_RESUMPTION for NEW while a memory bundle is unfinished.
     """
     registers = call.registers
     registers.rdx = 0
@@ -270,7 +277,12 @@ def export_state_vp(call: Call) -> Steps[int]:
     In: RCX TDVPR; R8 MBMD buffer; R9 PAGE_LIST_INFO; R10 stream 15:0 and command 63 (RESUME).
     Out: RDX pages written, so far if interrupted; MBMD and pages.
     Status: the prologue's; TDCX_NUM_INCORRECT; VCPU_STATE_INCORRECT; VCPU_ASSOCIATED;
-        VCPU_ALREADY_EXPORTED; OPERAND_INVALID|R10; then those of TDH.EXPORT.STATE.TD.
+        VCPU_ALREADY_EXPORTED; OPERAND_INVALID|R10; BUSY|MIGSC;
+        MIGRATION_STREAM_STATE_INCORRECT; INVALID_RESUMPTION; OPERAND_INVALID|R9,
+        |MIG_BUFF_LIST_ENTRY, |R8 (last); INTERRUPTED_RESUMABLE.
+    Source: tdh_export_state_vp.c.
+
+    Repair R1 (hardened): INVALID_RESUMPTION for NEW while a memory bundle is unfinished.
     """
     registers = call.registers
     hpa, registers.rdx = registers.rcx, 0
