@@ -12,10 +12,7 @@ def test_every_encryption_of_a_session_is_seen():
     before = RECORD.total
     pair = Pair(8)
     pair.start()
-    pair.pause()
-    pair.move(pair.gpas)
-    pair.states()
-    pair.start_token()
+    pair.finish_in_pause()
     # Immutable, TD and vCPU state, two MBMDs without content, eight pages.
     assert RECORD.total - before == 3 + 2 + 8
     assert RECORD.take_repeated() == []

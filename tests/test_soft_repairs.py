@@ -222,10 +222,7 @@ def test_r4_abort_leads_out_and_another_session_begins(exporting):
     assert exporting.call(r10=RESUME) == Status.TDX_MIGRATION_STREAM_STATE_INCORRECT
     pair.exchange_keys()
     pair.start()
-    pair.pause()
-    pair.move(pair.gpas)
-    pair.states()
-    pair.start_token()
+    pair.finish_in_pause()
     pair.assert_equal()
     assert len(set(pair.iv_pairs)) == len(pair.iv_pairs)
 
