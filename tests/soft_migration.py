@@ -9,7 +9,6 @@ The judgements are invariants: what stays true after every step?
 import contextlib
 import copy
 from dataclasses import replace
-from typing import NamedTuple
 
 import numpy as np
 from hypothesis import strategies as st
@@ -27,7 +26,7 @@ from tdxmig_model.backend.soft.call import Registers
 from tdxmig_model.backend.soft.memory import PageType
 from tdxmig_model.backend.soft.op_state import Leaf, OpState
 from tdxmig_model.backend.soft.schedulers import LeafCall, Seeded, resume_operands
-from tdxmig_model.backend.soft.sept import SeptState
+from tdxmig_model.backend.soft.sept import FIRST_EXPORT_STATES, SeptState
 from tdxmig_model.backend.soft.status import LOW_32, Status
 from tdxmig_model.engine import commands as c
 from tdxmig_model.errors import BackendError
@@ -76,24 +75,17 @@ def memory_is_next(self):
 MISCHIEF = ("reorder", "repeat", "drop", "damage", "abort", "abort import")
 
 
-class Misplaced(NamedTuple):
-    """A command of the source, and its leaf."""
-
-    leaf: Leaf
-    command: c.Command
-
-
-OUT_OF_PLACE = (
-    Misplaced(Leaf.EXPORT_PAUSE, c.ExportPause()),
-    Misplaced(Leaf.EXPORT_TRACK, c.ExportTrack()),
-    Misplaced(Leaf.EXPORT_STATE_TD, c.ExportStateTd()),
-    Misplaced(Leaf.EXPORT_STATE_VP, c.ExportStateVp(0)),
-    Misplaced(Leaf.EXPORT_ABORT, c.ExportAbort(None)),
-    Misplaced(Leaf.EXPORT_BLOCKW, c.ExportBlockw(np.zeros(1, dtype=np.uint64))),
-    Misplaced(Leaf.EXPORT_RESTORE, c.ExportRestore(np.zeros(1, dtype=np.uint64))),
-    Misplaced(Leaf.EXPORT_UNBLOCKW, c.ExportUnblockw(0)),
-    Misplaced(Leaf.IMPORT_END, c.ImportEnd()),
-)
+OUT_OF_PLACE = {
+    Leaf.EXPORT_PAUSE: c.ExportPause(),
+    Leaf.EXPORT_TRACK: c.ExportTrack(),
+    Leaf.EXPORT_STATE_TD: c.ExportStateTd(),
+    Leaf.EXPORT_STATE_VP: c.ExportStateVp(0),
+    Leaf.EXPORT_ABORT: c.ExportAbort(None),
+    Leaf.EXPORT_BLOCKW: c.ExportBlockw(np.zeros(1, dtype=np.uint64)),
+    Leaf.EXPORT_RESTORE: c.ExportRestore(np.zeros(1, dtype=np.uint64)),
+    Leaf.EXPORT_UNBLOCKW: c.ExportUnblockw(0),
+    Leaf.IMPORT_END: c.ImportEnd(),
+}
 
 
 class Migration(RuleBasedStateMachine):
@@ -119,11 +111,16 @@ class Migration(RuleBasedStateMachine):
 
     def go_on(self, stage):
         """By leaves alone, as far as `stage`; bundles of both streams are left to deliver."""
-        pair, half = self.pair, PAGES // 2
         if stage == "live":
             return
+        pair = self.pair
+        # After an aborted session the host may have blocked or removed some.
+        there = pair.source.page_states(pair.gpas).tolist()
+        ready = pair.gpas[[state in FIRST_EXPORT_STATES for state in there]]
+        half = ready.size // 2
         pair.pause()
-        pair.move(pair.gpas[:half])
+        if half:
+            pair.move(ready[:half])
         if stage != "paused":
             self.td_sent = True
             pair.states()
@@ -132,8 +129,9 @@ class Migration(RuleBasedStateMachine):
         if stage == "live import":
             pair.on_destination(c.ImportCommit())
         for stream in range(STREAMS):
-            bundle = pair.export(pair.gpas[half + stream :: STREAMS], stream=stream)
-            self.sent.append(c.ImportMem(stream, bundle))
+            if (rest := ready[half + stream :: STREAMS]).size:
+                bundle = pair.export(rest, stream=stream)
+                self.sent.append(c.ImportMem(stream, bundle))
 
     def begin(self):
         """Immutable state, over to the destination."""
@@ -330,13 +328,13 @@ class Migration(RuleBasedStateMachine):
     def pause(self):
         self.source.execute(c.ExportPause())
 
-    @rule(what=st.sampled_from(OUT_OF_PLACE))
-    def out_of_place(self, what):
+    @rule(leaf=st.sampled_from(list(OUT_OF_PLACE)))
+    def out_of_place(self, leaf):
         """A leaf in an OP_STATE for which it is not: refused, and nothing else."""
-        if self.module.allowed[what.leaf] & {OpState[self.state]}:
+        if self.module.allowed[leaf] & {OpState[self.state]}:
             return
         before = self.source.observe()
-        result = self.source.execute(what.command)
+        result = self.source.execute(OUT_OF_PLACE[leaf])
         assert result.status == Status.TDX_OP_STATE_INCORRECT
         assert self.source.observe() == before
 
