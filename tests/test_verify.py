@@ -9,6 +9,7 @@ from toy_handover import (
     CLEAN,
     COUNTED,
     DONE,
+    NEVER,
     NONE_TAKEN,
     SAFE,
     STEPS,
@@ -142,19 +143,10 @@ def test_a_goal_that_is_not_reached_is_vacuous():
 
 
 def test_a_step_that_is_never_possible_is_named():
-    never = step(
-        "never",
-        "host",
-        (),
-        when=(need("done", phase.eq(DONE)), need("dirty", dirty_count.gt(0))),
-        then=(dirty_count.to(0),),
-        why="toy",
-        cite="none",
-    )
     clean = Property(
         "clean_count", implies(phase.eq(DONE), dirty_count.eq(0)), "No cell is dirty.", "leaf"
     )
-    report = judged(toy(clean, COUNTED, steps=(*STEPS, never)))
+    report = judged(toy(clean, COUNTED, steps=(*STEPS, NEVER)))
     assert report.dead_steps == ("never",)
     assert not report.holds
 

@@ -10,6 +10,8 @@ and without the prefix TDX_; BUSY is OPERAND_BUSY.  "The prologue's" are those o
 begins with: the page of the TDR or TDVPR, BUSY|TDR, TD_FATAL, TD_KEYS_NOT_CONFIGURED,
 TDCS_NOT_ALLOCATED, BUSY|OP_STATE and OP_STATE_INCORRECT.  Those of a page, such as "RCX page", are
 OPERAND_INVALID, OPERAND_ADDR_RANGE_ERROR, BUSY and PAGE_METADATA_INCORRECT with that operand.
+"Source" is the file of the public source of that release, below src/, whose checks and effects the
+leaf follows.
 """
 
 from __future__ import annotations

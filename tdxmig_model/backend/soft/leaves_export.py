@@ -69,6 +69,7 @@ def export_blockw(call: Call) -> Steps[int]:
     Out: RCX the next entry; RAX 31:0 entries with a problem; list entries with their status.
     Status: the prologue's; BUSY|SEPT_TREE; OPERAND_INVALID|RCX or GPA_LIST_ENTRY;
         INTERRUPTED_RESUMABLE (call again with RCX).
+    Source: tdh_export_blockw.c.
 
     BW_EPOCH becomes TD_EPOCH with each page.
     """
@@ -80,7 +81,9 @@ def export_restore(call: Call) -> Steps[int]:
 
     In: RCX GPA_LIST_INFO; RDX TDR.
     Out: RCX the next entry; RAX 31:0 entries with a problem; list entries with their status.
-    Status: those of TDH.EXPORT.BLOCKW.
+    Status: the prologue's; BUSY|SEPT_TREE; OPERAND_INVALID|RCX or GPA_LIST_ENTRY;
+        INTERRUPTED_RESUMABLE (call again with RCX).
+    Source: tdh_export_restore.c.
 
     MIG_COUNT - 1 with each page; DIRTY_COUNT stays as it is.
     """
@@ -176,6 +179,7 @@ def export_unblockw(call: Call) -> Steps[int]:
     Out: RCX and RDX the Secure EPT entry and its level and state, if they are at fault, or 0.
     Status: the prologue's; OPERAND_INVALID|RCX; BUSY|SEPT_TREE; EPT_WALK_FAILED|RCX; BUSY|RCX;
         EPT_ENTRY_STATE_INCORRECT|RCX.
+    Source: tdh_export_unblockw.c.
 
     DIRTY_COUNT + 1 if the page was exported and clean.
     """
@@ -205,6 +209,7 @@ def export_track(call: Call) -> Steps[int]:
     Status: the prologue's; BUSY|MIG; OPERAND_INVALID|R10, |R8; BUSY|MIGSC;
         MIGRATION_STREAM_STATE_INCORRECT; MIGRATION_EPOCH_OVERFLOW; OP_STATE_INCORRECT;
         EXPORTED_DIRTY_PAGES_REMAIN.
+    Source: tdh_export_track.c.
 
     Repair R1 (hardened): INVALID_RESUMPTION while a memory bundle is unfinished.
     """
@@ -255,6 +260,7 @@ def export_pause(call: Call) -> Steps[int]:
 
     In: RCX TDR, exclusive, so that no vCPU is in the guest.
     Status: the prologue's.
+    Source: tdh_export_pause.c.
     """
     _, tdcs = yield from call.enter_td(Operand.RCX, call.registers.rcx, Mode.EXCLUSIVE, None)
     if any(tdcs.refcount):
@@ -270,6 +276,7 @@ def export_abort(call: Call) -> Steps[int]:
     In: RCX TDR; R8 0, or in POST_EXPORT the MBMD of an abort token; R10 0.
     Status: the prologue's; BUSY|MIG; OPERAND_INVALID|R10, |R8; INVALID_MBMD; BUSY|MIGSC;
         INCORRECT_MBMD_MAC.
+    Source: tdh_export_abort.c.
     """
     registers = call.registers
     _, tdcs = yield from call.enter_td(Operand.RCX, registers.rcx, Mode.SHARED, Mode.EXCLUSIVE)
