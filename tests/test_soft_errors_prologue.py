@@ -330,8 +330,6 @@ NOT_PROVOKED = {
     "10.5-e6f": "every state that step 5 lets pass is allowed in a paused export",
     "10.7-h": "no vCPU is in the guest while the TDR is held exclusively",
     "10.11-h": "MIG_COUNT counts the exported entries, of which RESTORE has one in hand",
-    "10.12-1": "IA32_MISC_ENABLE is no part of the software platform",
-    "10.21-3": "the software vCPU has no TSC",
 }
 
 

@@ -9,6 +9,7 @@ from error_rows import ROWS, Case, cases_of, code_of, judge
 from soft_scene import (
     NOWHERE,
     RESUME,
+    Spoil,
     always,
     interrupted,
     list_entry,
@@ -48,7 +49,20 @@ SHORT = {
     "10.9-P2": filling(legal.state_vp, 1024),
 }
 TD_TWO_PAGES = filling(legal.state_td, 256)
+
+
+def of_processor(name):
+    """A flag of the logical processor that makes the call."""
+
+    def apply(scene):
+        setattr(scene.module.processors[scene.lp], name, True)
+
+    return Spoil(frozenset({name}), apply)
+
+
 CASES = [
+    Case("10.12-1", legal.import_immutable, of_processor("limits_cpuid")),
+    Case("10.21-3", legal.vp_enter, of_processor("tsc_behind")),
     Case("10.2-P2", SHORT["10.2-P2"], AS_IT_IS, IMMUTABLE, {"pages"}),
     Case("10.8-P2", SHORT["10.8-P2"], AS_IT_IS, STARTED, {"pages"}),
     Case("10.8-P2", SHORT["10.8-P2"], SMALL_MBMD, STARTED, {"pages"}, "before the MBMD"),

@@ -67,12 +67,12 @@ def import_state_immutable(call: Call) -> Steps[int]:
 
     In: RCX TDR, exclusive; R8 MBMD; R9 PAGE_LIST_INFO; R10 command 63 (RESUME).
     Out: RCX and RDX details of a metadata error.
-    Status: the prologue's; MIN_MIGS_NOT_CREATED; OPERAND_INVALID|R10; BUSY|MIGSC;
-        MIGRATION_DECRYPTION_KEY_NOT_SET; RND_NO_ENTROPY; MIGRATION_STREAM_STATE_INCORRECT;
-        INVALID_RESUMPTION; INTERRUPTED_RESUMABLE; F(OPERAND_INVALID|R8, |R9, |PAGE);
-        F(INVALID_MBMD); F(NUM_MIGS_HIGHER_THAN_CREATED); F(INVALID_RESUMPTION);
-        F(INCORRECT_MBMD_MAC); F(INVALID_METADATA_LIST_HEADER, or another status of the
-        metadata); F(OPERAND_INVALID|RDX).
+    Status: LIMIT_CPUID_MAXVAL_SET; the prologue's; MIN_MIGS_NOT_CREATED; OPERAND_INVALID|R10;
+        BUSY|MIGSC; MIGRATION_DECRYPTION_KEY_NOT_SET; RND_NO_ENTROPY;
+        MIGRATION_STREAM_STATE_INCORRECT; INVALID_RESUMPTION; INTERRUPTED_RESUMABLE;
+        F(OPERAND_INVALID|R8, |R9, |PAGE); F(INVALID_MBMD); F(NUM_MIGS_HIGHER_THAN_CREATED);
+        F(INVALID_RESUMPTION); F(INCORRECT_MBMD_MAC); F(INVALID_METADATA_LIST_HEADER, or another
+        status of the metadata); F(OPERAND_INVALID|RDX).
     Source: tdh_import_state_immutable.c.
 
     Repair R5 (hardened): INVALID_MIGRATION_DECRYPTION_KEY for a degenerate key.  Repair R3
@@ -85,6 +85,8 @@ def import_state_immutable(call: Call) -> Steps[int]:
 
 def _import_state_immutable(call: Call, hpa: int) -> Steps[int]:
     operands = (call.registers.r9,)
+    if call.lp.limits_cpuid:
+        raise refuse(Status.TDX_LIMIT_CPUID_MAXVAL_SET)
     tdr, tdcs = yield from call.enter_td(Operand.RCX, hpa, Mode.EXCLUSIVE, None)
     if tdcs.num_migs < 2:
         raise refuse(Status.TDX_MIN_MIGS_NOT_CREATED)

@@ -50,7 +50,7 @@ def vp_enter(call: Call) -> Steps[int]:
     Out: RAX 15:0 exit reason; R8 the GPA of an EPT violation; of a VMCALL RCX which of R10 to
         R13 are the guest's.
     Status: the prologue's; TDCX_NUM_INCORRECT; VCPU_STATE_INCORRECT; VCPU_ASSOCIATED;
-        BUSY|TD_EPOCH.
+        TSC_ROLLBACK; BUSY|TD_EPOCH.
 
     It ends with the timer of the logical processor, HLT, a fault or a VMCALL.  TDR and TDVPR
     stay locked shared while the guest runs; OP_STATE is given back before.
@@ -62,6 +62,8 @@ def vp_enter(call: Call) -> Steps[int]:
     if vcpu.state is not VcpuState.READY:
         raise refuse(Status.TDX_VCPU_STATE_INCORRECT)
     fresh = call.associate(tdcs, vcpu)
+    if call.lp.tsc_behind:
+        raise refuse(Status.TDX_TSC_ROLLBACK)
     epoch = yield from _track_entry(call, tdcs, vcpu, fresh)
     call.drop(tdcs.op_state_lock, Mode.SHARED)
     vcpu.state = VcpuState.ACTIVE
