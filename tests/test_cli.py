@@ -192,6 +192,7 @@ FAILURES: dict[type[errors.TdxmigError], tuple[errors.TdxmigError, int]] = {
         1,
     ),
     errors.BackendError: (errors.BackendError("export_mem", 0x8000020000000000, "BUSY"), 1),
+    errors.ModuleHalted: (errors.ModuleHalted("EXPORT.RESTORE", "RUNNABLE", "MIG_COUNT is 0"), 1),
     errors.ModelMismatch: (errors.ModelMismatch("export_track", {"mig_epoch": (2, 1)}), 1),
 }
 

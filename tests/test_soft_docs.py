@@ -81,15 +81,8 @@ def test_each_status_of_a_repair_is_in_the_docstring(leaf):
     assert not untold(_LEAVES[leaf], HARDENED_ONLY[leaf])
 
 
-SOURCE_TO_COME = ("leaves_import_mem", "leaves_memory", "leaves_run", "leaves_servtd")
-"""Files whose leaves do not name their source yet."""
-
-
 @pytest.mark.parametrize("name", LEAVES)
 def test_each_leaf_names_the_file_that_it_follows(name):
     _, body = LEAVES[name]
     file = FILES.get(name, f"{name.lower().replace('.', '_')}.c")
-    if body.__module__.endswith(SOURCE_TO_COME):
-        assert "Source: " not in text_of(body)
-    else:
-        assert f" Source: {file}." in text_of(body)
+    assert f" Source: {file}." in text_of(body)

@@ -123,6 +123,7 @@ def import_mem(call: Call) -> Steps[int]:
         EPT_ENTRY_STATE_INCORRECT, INVALID_PAGE_MAC, MIGRATED_IN_CURRENT_EPOCH,
         DISALLOWED_IMPORT_OVER_REMOVED, IMPORT_MISMATCH, OPERAND_INVALID, OPERAND_BUSY, with the
         list that is at fault as operand; OP_STATE_INCORRECT.
+    Source: tdh_import_mem.c.
 
     An entry's error sets FATAL and FAILED_IMPORT, in LIVE_IMPORT neither: RUNNABLE.  Out of
     order the milder ones only skip the entry.

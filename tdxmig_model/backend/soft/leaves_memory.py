@@ -113,6 +113,7 @@ def sept_add(call: Call) -> Steps[int]:
     Out: RCX and RDX the entry and its level and state, if they are at fault, or 0.
     Status: the prologue's; OPERAND_INVALID|RCX; BUSY|SEPT_TREE; EPT_WALK_FAILED|RCX; BUSY|RCX;
         EPT_ENTRY_STATE_INCORRECT|RCX; R8 page.
+    Source: tdh_mem_sept_add.c.
     """
     info, handle = entry_operands(call)
     page = call.registers.r8
@@ -147,6 +148,7 @@ def page_add(call: Call) -> Steps[int]:
     Out: RCX and RDX the entry and its level and state, if they are at fault, or 0.
     Status: the prologue's; OPERAND_INVALID|RCX; EPT_WALK_FAILED|RCX;
         EPT_ENTRY_STATE_INCORRECT|RCX; OPERAND_INVALID|R9; R8 page.
+    Source: tdh_mem_page_add.c.
 
     Nobody else can have the entry while TDR is exclusive, so it is not locked.
     """
@@ -175,6 +177,7 @@ def page_aug(call: Call) -> Steps[int]:
     Out: RCX and RDX the entry and its level and state, if they are at fault, or 0.
     Status: the prologue's; OPERAND_INVALID|RCX; BUSY|SEPT_TREE; EPT_WALK_FAILED|RCX; BUSY|RCX;
         EPT_ENTRY_STATE_INCORRECT|RCX; R8 page.
+    Source: tdh_mem_page_aug.c.
     """
     info, tdr_hpa = entry_operands(call)
     page = call.registers.r8
@@ -198,6 +201,7 @@ def range_block(call: Call) -> Steps[int]:
     Out: RCX and RDX the entry and its level and state, if they are at fault, or 0.
     Status: the prologue's; OPERAND_INVALID|RCX; BUSY|SEPT_TREE; EPT_WALK_FAILED|RCX; BUSY|RCX;
         GPA_RANGE_ALREADY_BLOCKED|RCX; EPT_ENTRY_STATE_INCORRECT|RCX.
+    Source: tdh_mem_range_block.c.
 
     BEPOCH of the page, or of the page of the table, becomes TD_EPOCH.
     """
@@ -234,6 +238,7 @@ def range_unblock(call: Call) -> Steps[int]:
     Out: RCX and RDX the entry and its level and state, if they are at fault, or 0.
     Status: the prologue's; OPERAND_INVALID|RCX; BUSY|SEPT_TREE; EPT_WALK_FAILED|RCX; BUSY|RCX;
         EPT_ENTRY_STATE_INCORRECT|RCX; TLB_TRACKING_NOT_DONE|SEPT_TREE where the TD can run.
+    Source: tdh_mem_range_unblock.c.
     """
     info, tdr_hpa = entry_operands(call)
     memory = call.memory
@@ -271,6 +276,7 @@ def page_remove(call: Call) -> Steps[int]:
     Status: the prologue's; OPERAND_INVALID|RCX; BUSY|SEPT_TREE; EPT_WALK_FAILED|RCX; BUSY|RCX of
         the entry; EPT_ENTRY_STATE_INCORRECT|RCX; BUSY|RCX of the page; where the TD can run
         GPA_RANGE_NOT_BLOCKED|RCX, TLB_TRACKING_NOT_DONE|RCX.
+    Source: tdh_mem_page_remove.c.
 
     The entry becomes FREE, or REMOVED with MIG_EPOCH while an import is in progress.
     """
@@ -305,6 +311,7 @@ def mem_track(call: Call) -> Steps[int]:
     In: RCX TDR.
     Status: the prologue's; BUSY|TD_EPOCH; PREVIOUS_TLB_EPOCH_BUSY while a vCPU runs in the
         epoch before.
+    Source: tdh_mem_track.c.
     """
     _, tdcs = yield from call.enter_td(Operand.RCX, call.registers.rcx, Mode.SHARED, Mode.SHARED)
     yield from call.take(tdcs.epoch_lock, Mode.EXCLUSIVE, Operand.TD_EPOCH)

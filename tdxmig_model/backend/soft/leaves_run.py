@@ -51,6 +51,7 @@ def vp_enter(call: Call) -> Steps[int]:
         R13 are the guest's.
     Status: the prologue's; TDCX_NUM_INCORRECT; VCPU_STATE_INCORRECT; VCPU_ASSOCIATED;
         TSC_ROLLBACK; BUSY|TD_EPOCH.
+    Source: tdh_vp_enter.c.
 
     It ends with the timer of the logical processor, HLT, a fault or a VMCALL.  TDR and TDVPR
     stay locked shared while the guest runs; OP_STATE is given back before.
@@ -247,6 +248,7 @@ def page_accept(call: GuestCall) -> Steps[int]:
     In: RCX GPA 51:12 and level 2:0 (0 or 1); pages here are 4 KiB.
     Status: OPERAND_INVALID|RCX; BUSY|RCX; PAGE_ALREADY_ACCEPTED; PAGE_SIZE_MISMATCH, both with
         the level.
+    Source: tdg_mem_page_accept.c.
 
     Raises guest.EptViolation where hardware exits to the VMM, which has to provide the page. In
     1.5.01 a removed entry is no free one, and the guest is told of another page size

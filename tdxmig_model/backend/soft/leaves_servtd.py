@@ -79,6 +79,7 @@ def servtd_prebind(call: Call) -> Steps[int]:
     In: RCX TDR; RDX HPA of its TDINFO hash; R8 slot; R9 type; R10 attributes.
     Status: the prologue's; OPERAND_INVALID|RDX, |R8, |R9, |R10; BUSY|SERVTD_BINDINGS;
         SERVTD_BOUND.
+    Source: tdh_servtd_prebind.c.
     """
     registers = call.registers
     _, tdcs = yield from call.enter_td(Operand.RCX, registers.rcx, Mode.SHARED, Mode.SHARED)
@@ -113,6 +114,7 @@ def servtd_bind(call: Call) -> Steps[int]:
     Status: the prologue's of both TDs; OPERAND_INVALID|RDX, |R8, |R9, |R10;
         BUSY|SERVTD_BINDINGS; SERVTD_TYPE_MISMATCH; SERVTD_ATTR_MISMATCH; SERVTD_UUID_MISMATCH;
         SERVTD_INFO_HASH_MISMATCH.
+    Source: tdh_servtd_bind.c.
     """
     registers, module = call.registers, call.module
     target_hpa, servtd_hpa, attributes = registers.rcx, registers.rdx, registers.r10
@@ -163,6 +165,7 @@ def servtd_read(call: GuestCall) -> Steps[int]:
         TARGET_UUID_UPDATED; BUSY|SERVTD_BINDINGS; SERVTD_NOT_BOUND; SERVTD_UUID_MISMATCH;
         SERVTD_INFO_HASH_MISMATCH; METADATA_FIRST_FIELD_ID_IN_CONTEXT; METADATA_FIELD_ID_INCORRECT;
         METADATA_FIELD_NOT_READABLE; RND_NO_ENTROPY.
+    Source: tdg_servtd_rd_wr.c.
     """
     registers = call.registers
     field = _in_td(registers.rdx)
@@ -191,6 +194,7 @@ def servtd_write(call: GuestCall) -> Steps[int]:
     Status: those of TDG.SERVTD.RD up to SERVTD_INFO_HASH_MISMATCH; METADATA_FIELD_ID_INCORRECT;
         METADATA_FIELD_NOT_WRITABLE, also if the mask leaves nothing to write;
         METADATA_FIELD_VALUE_NOT_VALID.
+    Source: tdg_servtd_rd_wr.c.
     """
     registers = call.registers
     value, mask, field = registers.r8, registers.r9, _in_td(registers.rdx)
