@@ -30,7 +30,8 @@ class Directed:
     """What a directed search saw.
 
     `trace` is a run to the formula, None if none was found.  `states` counts those that were
-    visited.  `exhausted` says that these are all: nothing was pruned, clipped or left for the limit.
+    visited, of the part of the system that the formula depends on.  `exhausted` says that these are
+    all: nothing was pruned, clipped or left for the limit.
     """
 
     trace: Trace | None

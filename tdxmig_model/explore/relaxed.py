@@ -171,9 +171,7 @@ class Masks:
 
     def _count(self, node: Count) -> str:
         parts = list(unrolled((node.bound,), node.predicate, self.instance))
-        least = self._named(
-            " + ".join(f"(0 if {self.can(p, False)} else 1)" for p in parts) or "0"
-        )
+        least = self._named(" + ".join(f"(0 if {self.can(p, False)} else 1)" for p in parts) or "0")
         most = self._named(" + ".join(f"(1 if {self.can(p, True)} else 0)" for p in parts) or "0")
         return self._named(
             f"((1 << {most} - {least} + 1) - 1) << {least} + {self.zero} & {self.everything}"
@@ -367,9 +365,7 @@ def _kinds(writer: FlatWriter) -> list[Type]:
     return kinds
 
 
-def _largest(
-    system: System, instance: Instance, limits: Mapping[str, int], wanted: Node
-) -> int:
+def _largest(system: System, instance: Instance, limits: Mapping[str, int], wanted: Node) -> int:
     """The largest magnitude of a number that is written anywhere, and of every ceiling."""
     terms = [wanted]
     for step in system.steps:

@@ -25,23 +25,26 @@ from functools import partial
 from typing import Literal
 
 from tdxmig_model.errors import UsageError
-from tdxmig_model.explore import Exploration, explore
+from tdxmig_model.explore import Exploration, directed, explore
 from tdxmig_model.expr import Instance, Interpreter, Node, Property, System, not_
 from tdxmig_model.smt.bounded import inside, search
 from tdxmig_model.smt.induction import Induction, Prover, Query, known, prove
 from tdxmig_model.smt.lemmas import count_lemmas
-from tdxmig_model.smt.runs import Run, replay
+from tdxmig_model.smt.runs import Run, replay, shortened
 from tdxmig_model.smt.z3api import Answer
 from tdxmig_model.story import Story, tell
 
 Verdict = Literal["proved", "exhausted", "bounded", "violated", "reachable", "vacuous", "unknown"]
 
-SMALL = {"Page": 1, "Stream": 1, "Vcpu": 1, "Message": 6, "Epoch": 4}
+SMALL = {"Page": 1, "Stream": 1, "Vcpu": 1, "Message": 6, "Epoch": 4, "Entry": 1}
 LARGER = {"Page": 2, "Stream": 2, "Vcpu": 2, "Message": 7, "Epoch": 4}
 """Sizes of the instances that are searched, by index; any other index has two elements."""
 
 STATES = 200_000
-"""How many states an explicit search visits before bounded checking takes over."""
+"""How many states a breadth-first search visits before the others take over."""
+
+DIRECTED_STATES = 20_000
+"""How many states a directed search visits before bounded checking takes over."""
 
 DEPTH = 16
 """Steps to which bounded checking looks for a run."""
@@ -137,6 +140,17 @@ def as_run(
     return replay(system, instance, moves, wanted)
 
 
+def direct(
+    system: System, instance: Instance, formula: Node, limit: int = DIRECTED_STATES
+) -> Run | None:
+    """A run that the directed search finds, replayed and shortened."""
+    found = directed(system, instance, formula, ceiling=ceiling(instance), limit=limit)
+    if found.trace is None:
+        return None
+    moves = [(s.step, s.params) for s in found.trace]
+    return shortened(system, replay(system, instance, moves, formula), formula)
+
+
 def reach(
     system: System,
     instance: Instance,
@@ -147,7 +161,8 @@ def reach(
     seed: int = 0,
     shortest: bool = True,
 ) -> Reached:
-    """Runs to states with each of the wanted formulas: explicit search, then bounded checking.
+    """Runs to states with each of the wanted formulas: breadth-first search, then a directed one,
+    then bounded checking.
 
     Every run that is found is looked through for the other formulas before these are searched for.
     """
@@ -163,15 +178,18 @@ def reach(
     for name, formula in formulas.items():
         if name in runs or exhausted:
             continue
-        found = search(system, instance, formula, depth=depth, seed=seed, shortest=shortest)
-        searched[name] = max(searched[name], found.depth)
-        if found.run is None:
+        run = direct(system, instance, formula)
+        if run is None:
+            found = search(system, instance, formula, depth=depth, seed=seed, shortest=shortest)
+            searched[name] = max(searched[name], found.depth)
+            run = found.run
+        if run is None:
             continue
-        runs[name] = found.run
-        taken |= {step for step, _ in found.run.moves}
+        runs[name] = run
+        taken |= {step for step, _ in run.moves}
         for other, also in formulas.items():
             if other not in runs:
-                _look_through(interpreter, found.run, other, also, runs)
+                _look_through(interpreter, run, other, also, runs)
     return Reached(runs, searched, exhausted, frozenset(taken))
 
 
