@@ -27,10 +27,11 @@ from tdxmig_model.expr import (
 )
 from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.memory import MEMORY
-from tdxmig_model.model.words import HARDENED
+from tdxmig_model.model.words import HARDENED, TDX_1_5_01
 from tdxmig_model.smt.bounded import inside
 from tdxmig_model.smt.finite import slice_for
 from tdxmig_model.smt.runs import replay, shortened
+from tdxmig_model.verify import removed_by
 from tdxmig_model.verify.judge import ceiling, direct, small_instance
 
 DIGIT = index("Digit")
@@ -187,3 +188,13 @@ def test_the_guards_of_the_single_owner_forbid_a_run_that_is_found(guard):
     assert run is not None
     assert guard[0] in [name for name, _ in run.moves]
     assert ceiling(instance) == 6
+
+
+def test_a_counterexample_is_told_by_the_repair_that_removes_it():
+    """A page that counts as exported, in a bundle that does not count."""
+    part = MEMORY.under(TDX_1_5_01)
+    instance = small_instance(part)
+    claimed = part.property("P15")
+    run = direct(part, instance, inside(not_(claimed.formula), instance), 5_000)
+    assert run is not None
+    assert removed_by(MEMORY, run, claimed) == ("R1",)

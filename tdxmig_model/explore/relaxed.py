@@ -188,8 +188,8 @@ class Masks:
                 parts = [self.can(p, wanted) for p in node.parts]
                 return f"({f' {word} '.join(parts)})" if parts else str(word == "and")
             case ForAll():
-                parts = tuple(unrolled(node.bound, node.body, self.instance))
-                return self.can(simplify(And(parts), self.instance), wanted)
+                bodies = tuple(unrolled(node.bound, node.body, self.instance))
+                return self.can(simplify(And(bodies), self.instance), wanted)
             case Equal():
                 left, right = self.values(node.left), self.values(node.right)
                 if wanted:

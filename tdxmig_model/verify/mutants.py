@@ -231,7 +231,7 @@ def _still_inductive(part: System, mutant: System, seed: int) -> bool:
 
 
 class _Hunt:
-    """The search for a run to a bad state: explicit in each instance, then directed, then bounded."""
+    """The search for a run to a bad state: breadth first, then directed, then bounded."""
 
     def __init__(self, mutant: System, seed: int) -> None:
         self.mutant = mutant
