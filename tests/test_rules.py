@@ -13,7 +13,18 @@ import pytest
 from tdxmig_model.backend.soft.module import PROFILES as MODULE_PROFILES
 from tdxmig_model.expr import Instance, Interpreter, Property, System, initial_state
 from tdxmig_model.model.systems import SYSTEMS
-from tdxmig_model.model.words import HARDENED, PROFILES, TDX_1_5_01, repaired, unrepaired
+from tdxmig_model.model.words import (
+    HARDENED,
+    PROFILES,
+    PUBLIC_REPAIRS,
+    TDX_1_5_01,
+    repaired,
+    unrepaired,
+    with_only,
+)
+from tdxmig_model.model.words import (
+    REPAIRS as NAMES,
+)
 from tdxmig_model.verify import widths
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -107,6 +118,16 @@ def listed(repair: dict[str, Any], key: str) -> Places:
 
 def test_repairs_are_numbered_from_1() -> None:
     assert [repair["id"] for repair in REPAIRS] == [f"R{n + 1}" for n in range(len(REPAIRS))]
+
+
+def test_the_model_knows_which_repairs_are_public() -> None:
+    assert {repair["id"] for repair in REPAIRS if repair["references"]} == PUBLIC_REPAIRS
+
+
+def test_each_repair_has_a_profile_of_its_own() -> None:
+    for name in NAMES:
+        having = [r for r in NAMES if with_only(name) in repaired(r)]
+        assert having == [name]
 
 
 def test_the_profiles_differ_in_the_listed_places_and_nowhere_else() -> None:

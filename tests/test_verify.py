@@ -299,24 +299,8 @@ def test_each_guard_of_the_lifecycle_forbids_a_run():
 REDUNDANT: set[tuple[str, str, str]] = set()
 
 
-# Runs of 13 steps and more, which bounded checking finds only in the long campaign.
-LONG = {
-    ("export_abort_with_token", "abort_token", "P1"),
-    ("export_abort", "op_state", "P1"),
-    ("export_pause", "no_vcpu_inside", "P1"),
-    ("import_abort", "op_state", "P2"),
-}
-
-
-def _leaf_guards(*, long):
-    named = {(d, t): (*d, t) in LONG for d, t in listed(LEAF, HARDENED)}
-    assert sum(named.values()) == len(LONG), "LONG names guards that no property lists"
-    return [guard for guard, is_long in named.items() if is_long == long]
-
-
-@pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_each_guard_of_the_leaf_model_forbids_a_run_or_is_known_to_be_redundant(long):
-    found = mutants(LEAF, HARDENED, _leaf_guards(long=long))
+def test_each_guard_of_the_leaf_model_forbids_a_run_or_is_known_to_be_redundant():
+    found = mutants(LEAF, HARDENED)
     assert {m.outcome for m in found} <= {"killed", "equivalent"}
     assert {(m.step, m.label, m.target) for m in found if m.outcome == "equivalent"} <= REDUNDANT
     _all_replay(LEAF, [m for m in found if m.outcome == "killed"])

@@ -310,9 +310,22 @@ def _print_reports(profile: str, reports: Sequence[Report], *, named: bool) -> N
             if row.story is not None:
                 console.print(f"\n{row.identifier} is violated:", style="red")
                 click.echo(row.story.text(console.width))
+            if row.kind:
+                click.echo(_classified(row))
         console.print("Assumed:", *(f"\n  {text}" for text in report.assumptions))
     if not named:
         console.print(_not_stated_text())
+
+
+def _classified(row: Row) -> str:
+    """What is to be done about a violation."""
+    repairs = ", ".join(row.removed_by) or "no repair"
+    if row.kind == "public":
+        return f"{row.identifier} is public: {repairs} of specs/repairs.toml removes it"
+    return (
+        f"{row.identifier} is unreported ({repairs} removes it): "
+        "report to the vendor before publishing (SECURITY.md)"
+    )
 
 
 def _not_stated_text() -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from tdxmig_model.smt import counter_lemmas, parser_lemmas
 from tdxmig_model.smt.widths import Lemma, Result, decide
@@ -13,6 +14,7 @@ WIDTHS = "widths"
 SENTENCES = {**parser_lemmas.SENTENCES, **counter_lemmas.SENTENCES}
 """The properties that are stated by lemmas, by the id of the threat model."""
 METHOD = "bit-vector lemma"
+REPAIRED_BY = {"P24": ("R2",)}
 ASSUMPTIONS = (
     "a list is in a page of 4096 bytes, and a field of it has at most 16 elements of 8 bytes",
     "a list, its sequences and their fields are parsed in the order in which they stand",
@@ -79,4 +81,5 @@ def _together(identifier: str, judged: list[tuple[Result, float]]) -> Row:
             verdict = result.verdict
             detail = f"{result.identifier}: {_values(result)}".removesuffix(": ")
             break
-    return Row(identifier, SENTENCES[identifier], "leaf", verdict, METHOD, None, ms, detail=detail)
+    row = Row(identifier, SENTENCES[identifier], "leaf", verdict, METHOD, None, ms, detail=detail)
+    return replace(row, removed_by=REPAIRED_BY.get(identifier, ()))
