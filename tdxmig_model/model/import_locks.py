@@ -292,8 +292,6 @@ PROPERTIES = (
         guards=(
             ("import_entry", "still_importing"),
             ("fail_entry", "still_importing"),
-            ("own_import_tdr", "no_shared_holder"),
-            ("share_import_tdr", "op_state"),
         ),
         witness=all_of(op_state.eq(RUNNABLE), _some(lambda p: stage[p].eq(HAS_LINK))),
     ),
