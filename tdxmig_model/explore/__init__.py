@@ -1,5 +1,5 @@
 """Explicit search: every reachable state of a finite instance, breadth first."""
 
-from tdxmig_model.explore.search import Exploration, TraceStep, explore
+from tdxmig_model.explore.search import Exploration, Graph, TraceStep, explore, graph
 
-__all__ = ["Exploration", "TraceStep", "explore"]
+__all__ = ["Exploration", "Graph", "TraceStep", "explore", "graph"]
