@@ -17,12 +17,13 @@ from tdxmig_model.errors import UsageError
 from tdxmig_model.expr import Assign, EnumType, Goal, Need, Property, Step, System, Variable
 from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.lifecycle import LIFECYCLE
+from tdxmig_model.model.systems import SYSTEMS as ALL_SYSTEMS
 from tdxmig_model.model.words import HARDENED, PROFILES
 from tdxmig_model.project import Edge, edges
 
 Item = dict[str, Any]
 
-SYSTEMS = (LEAF, LIFECYCLE)
+SYSTEMS = (LEAF, LIFECYCLE, *(s for s in ALL_SYSTEMS if s not in (LEAF, LIFECYCLE)))
 # Model, the variable that holds the state of a side, and the side.
 STATES = (
     (LEAF, "source_op_state", "source"),
@@ -75,8 +76,11 @@ def name_row(system: System, step: Step) -> names.Name | None:
     """The row of the name table that a step belongs to.
 
     A step is in the table by its own name or by that of the call that it is a part of, or it is a
-    variant of a step that is (export_state_immutable_other of export_state_immutable).
+    variant of a step that is (export_state_immutable_other of export_state_immutable).  The models
+    of one concern each have steps of their own.
     """
+    if system.name not in _KINDS:
+        return None
     own = step.part_of or step.name.removeprefix(f"{step.actor}_")
     rows = names.rows(names.Side(step.actor), _KINDS[system.name])
     fitting = [row for row in rows if own == row.step or own.startswith(f"{row.step}_")]

@@ -1,4 +1,4 @@
-"""``tdxmig verify``: verdicts on both models, and what each guard is for."""
+"""``tdxmig verify``: verdicts on all models, and what each guard is for."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tdxmig_model.model.systems import SYSTEMS
 from tdxmig_model.model.words import HARDENED, PROFILES
 from tdxmig_model.smt.induction import Query
 from tdxmig_model.verify import Mutant, Report, Row, every, listed, mutants, verify
+from tdxmig_model.verify.liveness import identifiers, liveness
 from tdxmig_model.verify.mutants import Deletion
 from tdxmig_model.verify.scope import not_stated
 
@@ -105,6 +106,7 @@ def command(
 def _reports(profile: str, properties: Sequence[str], jobs: int, seed: int) -> list[Report]:
     """Judge each model that has one of the properties (all models and properties by default)."""
     claimed = {s.name: [p.identifier for p in s.under(profile).properties] for s in SYSTEMS}
+    claimed["liveness"] = identifiers()
     for name in properties:
         if not any(name in known for known in claimed.values()):
             every = [p for known in claimed.values() for p in known]
@@ -124,6 +126,10 @@ def _reports(profile: str, properties: Sequence[str], jobs: int, seed: int) -> l
                 reports.append(
                     verify(system, profile, chosen or None, seed=seed, jobs=jobs, progress=tick)
                 )
+        paths = [name for name in properties if name in claimed["liveness"]]
+        if paths or not properties:
+            status.update("liveness")
+            reports.append(liveness(profile, paths or None))
     return reports
 
 
@@ -214,7 +220,7 @@ def mutants_as_json(profile: str, found: Sequence[Mutant], *, named: bool) -> di
 
 
 def _stated() -> list[str]:
-    return [p.identifier for s in SYSTEMS for p in s.properties]
+    return [*(p.identifier for s in SYSTEMS for p in s.properties), *identifiers()]
 
 
 def _console() -> Console:

@@ -22,7 +22,6 @@ from tdxmig_model.expr import (
     System,
     all_of,
     any_of,
-    choose,
     enum,
     implies,
     index,
@@ -45,9 +44,7 @@ from tdxmig_model.model.words import (
 OPERANDS = index("Operands")
 VALUE = index("Value")
 
-LEAF = enum(
-    "InterruptibleLeaf", "EXPORT_MEM", "IMPORT_STATE_IMMUTABLE", "EXPORT_STATE_IMMUTABLE"
-)
+LEAF = enum("InterruptibleLeaf", "EXPORT_MEM", "IMPORT_STATE_IMMUTABLE", "EXPORT_STATE_IMMUTABLE")
 EXPORT_MEM, IMPORT_IMMUTABLE, EXPORT_IMMUTABLE = (member(LEAF, name) for name in LEAF.members)
 CALL = enum("CallStage", "NONE", "BETWEEN_ENTRIES", "ENTRY_READ", "ENTRY_USED")
 NO_CALL, BETWEEN, READ, USED = (member(CALL, name) for name in CALL.members)
@@ -82,7 +79,12 @@ checked = scalar("checked_value", VALUE, 0, SOURCE, ghost=True, doc="what the ch
 used = scalar("used_value", VALUE, 0, SOURCE, ghost=True, doc="what the effect used")
 committed = scalar("commits", INT, 0, SOURCE, ghost=True, doc="effects since the call's NEW")
 left_behind = scalar(
-    "left_behind", BOOL, False, SOURCE, ghost=True, doc="a failed call had effects that do not count"
+    "left_behind",
+    BOOL,
+    False,
+    SOURCE,
+    ghost=True,
+    doc="a failed call had effects that do not count",
 )
 
 VARIABLES = (
@@ -138,9 +140,7 @@ def _unfinished(*leaves: Literal) -> Node:
 _no_start_import = need(
     "no_unfinished_import", not_(_unfinished(IMPORT_IMMUTABLE)), *repaired("R3")
 )
-_no_start_export = need(
-    "no_unfinished_start", not_(_unfinished(EXPORT_IMMUTABLE)), *repaired("R4")
-)
+_no_start_export = need("no_unfinished_start", not_(_unfinished(EXPORT_IMMUTABLE)), *repaired("R4"))
 _no_export_mem = need("no_unfinished_memory", not_(_unfinished(EXPORT_MEM)), *repaired("R1"))
 _same = all_of(
     f.eq(saved_leaf),
@@ -463,9 +463,7 @@ LEMMAS = (
         all_of(
             implies(_live_record, saved_leaf.eq(begun_leaf)),
             implies(_live_record, saved_operands.eq(begun_operands)),
-            implies(
-                all_of(_live_record, saved_leaf.eq(EXPORT_MEM)), saved_epoch.eq(begun_epoch)
-            ),
+            implies(all_of(_live_record, saved_leaf.eq(EXPORT_MEM)), saved_epoch.eq(begun_epoch)),
             implies(_live_record, session.eq(begun_session)),
             implies(_running, stream_ready),
             implies(_running, not_(interrupted)),

@@ -17,7 +17,6 @@ from tdxmig_model.expr import (
     Property,
     System,
     all_of,
-    any_of,
     choose,
     count,
     enum,

@@ -388,9 +388,7 @@ GOALS = (
         not_(
             forall(
                 {"p": PROCESSOR, "q": PROCESSOR},
-                lambda p, q: not_(
-                    all_of(p.ne(q), stage[p].eq(HAS_LINK), stage[q].eq(HAS_LINK))
-                ),
+                lambda p, q: not_(all_of(p.ne(q), stage[p].eq(HAS_LINK), stage[q].eq(HAS_LINK))),
             )
         ),
         "Two memory bundles are imported at the same time.",

@@ -1,4 +1,4 @@
-"""Locks of the source: several logical processors, each in one leaf, at the steps of the lock table.
+"""Locks of the source: several logical processors, each in one leaf, by the lock table.
 
 A processor takes the locks of its leaf one by one: TDR, OP_STATE, MIG, the link of the stream, the
 Secure EPT entry.  No leaf waits: where a lock is taken, the call ends as BUSY, which here is the
@@ -25,7 +25,6 @@ from tdxmig_model.expr import (
     Variable,
     all_of,
     any_of,
-    choose,
     count,
     enum,
     index,
@@ -114,7 +113,9 @@ register = _of_processor("lp_register", INT, 0, "TOTAL_MB_COUNT as it was read")
 seen_op_state = _of_processor(
     "lp_seen_op_state", OP_STATE, LIVE_EXPORT, "OP_STATE as it was checked", ghost=True
 )
-seen_epoch = _of_processor("lp_seen_epoch", INT, 0, "MIG_EPOCH as the MIG lock found it", ghost=True)
+seen_epoch = _of_processor(
+    "lp_seen_epoch", INT, 0, "MIG_EPOCH as the MIG lock found it", ghost=True
+)
 seen_version = _of_processor(
     "lp_seen_version", INT, 0, "the page's version when its entry was committed", ghost=True
 )

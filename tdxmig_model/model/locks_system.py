@@ -16,7 +16,7 @@ from tdxmig_model.expr import (
     not_,
 )
 from tdxmig_model.model import locks as s
-from tdxmig_model.model.words import ALL_PROFILES, PAGE, PAUSED_EXPORT, POST_EXPORT
+from tdxmig_model.model.words import ALL_PROFILES, PAUSED_EXPORT, POST_EXPORT
 
 
 def _every(body: object) -> Node:
@@ -156,11 +156,7 @@ PROPERTIES = (
     ),
     Property(
         "L50",
-        _every(
-            lambda p: implies(
-                s.has_entry[p], s.version[s.entry_of[p]].eq(s.seen_version[p])
-            )
-        ),
+        _every(lambda p: implies(s.has_entry[p], s.version[s.entry_of[p]].eq(s.seen_version[p]))),
         "A page does not change between the commit of its entry and its encryption.",
         "leaf",
         "TDH.EXPORT.MEM, TDH.EXPORT.UNBLOCKW, the lock of a Secure EPT entry",
