@@ -63,9 +63,8 @@ def judge_path(
     begun = time.perf_counter()
     part = honest((system or path.system).under(profile), path)
     instance = small_instance(part, path.sizes)
-    premise = path.premise
-    dead_ends = any_of(path.goal, *(formula for _, formula in path.dead_ends))
-    formulas: dict[str, Node] = {"goal": path.goal, "good": dead_ends, "premise": premise}
+    told = any_of(*(formula for _, formula in path.dead_ends))
+    formulas: dict[str, Node] = {"goal": path.goal, "told": told, "premise": path.premise}
     seen = graph(part, instance, formulas, limit=states, ceiling=ceiling(instance))
     stuck = find_stuck(seen, path)
     sizes = ", ".join(f"{n} {name}" for name, n in instance.sizes.items())
@@ -102,15 +101,18 @@ def honest(part: System, path: Path) -> System:
 
 
 def find_stuck(seen: Graph, path: Path) -> Stuck | None:
-    """The first state from which the goal cannot be reached, or a fair cycle that avoids it."""
+    """The first state from which the goal cannot be reached, or a fair cycle that avoids it.
+
+    A state that is a dead end with a reason is none of them; one that only leads there is.
+    """
     if seen.truncated:
         return None
-    able = _backwards(seen, seen.holds["good"])
-    bad = sorted(seen.holds["premise"] - able)
+    able = _backwards(seen, seen.holds["goal"])
+    bad = sorted(seen.holds["premise"] - able - seen.holds["told"])
     if bad:
         return Stuck(bad[0], "no continuation leads to the goal")
     if path.must:
-        cycle = fair_cycle(seen, seen.holds["good"])
+        cycle = fair_cycle(seen, seen.holds["goal"] | seen.holds["told"])
         if cycle is not None:
             return Stuck(cycle, "a fair run stays here for ever")
     return None
