@@ -150,7 +150,7 @@ def test_the_epoch_of_a_resume_is_compared_twice_over() -> None:
 
 def _lock_guards(*, long: bool) -> list[tuple[tuple[str, str], str]]:
     quick = {("add_to_total", "atomic"), ("take_op_state_exclusive", "no_shared_holder")}
-    quick |= {("unblock_page", "entry_free"), ("take_mig_exclusive", "no_shared_holder")}
+    quick |= {("unblock_page", "entry_free")}
     return [(d, t) for d, t in listed(LOCKS, HARDENED) if (d in quick) != long]
 
 
@@ -160,7 +160,9 @@ def test_each_lock_forbids_a_run(long: bool) -> None:
 
 
 # The deletions of the published list of guards that these models can express: its number, and the
-# conjunct or row that goes.  A row is deleted, or added, by a repair: see ENDINGS.
+# conjunct or row that goes.  A row is deleted, or added, by a repair: see ENDINGS.  Number 60 is of
+# an OP_STATE that release 1.5.01 does not have.  What 29 protects is not lost in this model, in
+# which the bundle counts from its NEW on: see the test below.
 DELETIONS = {
     27: (CALLS, "fail_after_commit", None),
     28: (CALLS, "fail_in_list", None),
@@ -169,6 +171,7 @@ DELETIONS = {
     31: (CALLS, "resume_call", "same_epoch"),
     32: (CALLS, "resume_call", "stream_initialized"),
     39: (LOCKS, "take_op_state_shared", "op_state"),
+    40: (IMPORT_LOCKS, "commit_import", "op_state"),
     47: (LOCKS, "take_op_state_exclusive", "no_shared_holder"),
     48: (LOCKS, "take_mig_exclusive", "no_shared_holder"),
     49: (LOCKS, "add_to_total", "atomic"),
@@ -184,6 +187,13 @@ def test_a_deletion_names_what_there_is(number: int) -> None:
     assert system.has_step(step)
     if label is not None:
         assert system.step(step).needs(label).label == label
+
+
+def test_a_dropped_call_counts_already() -> None:
+    system, step, label = DELETIONS[29]
+    assert label is not None
+    (found,) = mutants(system, HARDENED, [((step, label), None)])
+    assert found.outcome == "equivalent"
 
 
 # --- the lock table -------------------------------------------------------------------------------

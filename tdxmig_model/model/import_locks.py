@@ -10,7 +10,6 @@ from __future__ import annotations
 from tdxmig_model.expr import (
     BOOL,
     INT,
-    Bound,
     Goal,
     Literal,
     Need,
@@ -20,7 +19,6 @@ from tdxmig_model.expr import (
     all_of,
     any_of,
     choose,
-    count,
     enum,
     forall,
     implies,
@@ -64,6 +62,7 @@ has_link = mapping("import_has_link", (PROCESSOR,), BOOL, False, DESTINATION)
 link_of = mapping("import_link", (PROCESSOR,), INT, 0, DESTINATION)
 link_locked = mapping("import_link_locked", (LINK,), BOOL, False, DESTINATION)
 tdr_alone = scalar("import_tdr_alone", BOOL, False, DESTINATION, doc="someone has the TDR alone")
+sharers = scalar("import_tdr_sharers", INT, 0, DESTINATION, doc="how many share the TDR")
 op_state = scalar("import_op_state", OP_STATE, POST_IMPORT, DESTINATION, doc="OP_STATE")
 page = mapping("import_page", (PAGE,), SEPT, FREE, DESTINATION, doc="Secure EPT entry state")
 token = scalar("import_token", BOOL, False, DESTINATION, doc="an abort token was made")
@@ -82,6 +81,7 @@ VARIABLES = (
     link_of,
     link_locked,
     tdr_alone,
+    sharers,
     op_state,
     page,
     token,
@@ -90,12 +90,6 @@ VARIABLES = (
     times,
 )
 
-
-def _shares(element: Bound) -> Node:
-    return holds_tdr[element].eq(SHARED)
-
-
-sharers = count("shared holders of the destination's TDR", PROCESSOR, _shares)
 
 p = param("processor", PROCESSOR)
 f = param("leaf", LEAF)
@@ -137,7 +131,12 @@ STEPS = (
                 ),
             ),
         ),
-        then=(stage[p].to(CHECKED), leaf[p].to(f), holds_tdr[p].to(SHARED)),
+        then=(
+            stage[p].to(CHECKED),
+            leaf[p].to(f),
+            holds_tdr[p].to(SHARED),
+            sharers.to(sharers + 1),
+        ),
         why="The TDR and OP_STATE are shared, and OP_STATE is checked once.",
         cite=_LOCKS,
     ),
@@ -259,6 +258,7 @@ STEPS = (
         then=(
             stage[p].to(IDLE),
             holds_tdr[p].to(NONE),
+            sharers.to(sharers + choose(holds_tdr[p].eq(SHARED), -1, 0)),
             tdr_alone.to(all_of(tdr_alone, holds_tdr[p].ne(EXCLUSIVE))),
             leaf[p].to(IMPORT_MEM),
             has_link[p].to(False),
@@ -337,27 +337,17 @@ PROPERTIES = (
 LEMMAS = (
     Property(
         "import_locks",
-        all_of(
-            forall(
-                {"p": PROCESSOR, "q": PROCESSOR},
-                lambda p, q: implies(
-                    all_of(p.ne(q), holds_tdr[p].eq(EXCLUSIVE)), holds_tdr[q].eq(NONE)
-                ),
-                lambda p, q: (stage[p], stage[q]),
-            ),
-            _every(
-                lambda p: not_(
-                    any_of(
-                        all_of(stage[p].eq(IDLE), holds_tdr[p].ne(NONE)),
-                        all_of(stage[p].ne(IDLE), holds_tdr[p].eq(NONE)),
-                        all_of(holds_tdr[p].eq(EXCLUSIVE), not_(tdr_alone)),
-                        all_of(holds_tdr[p].eq(EXCLUSIVE), leaf[p].ne(IMPORT_CONTROL)),
-                        all_of(leaf[p].eq(IMPORT_CONTROL), holds_tdr[p].eq(SHARED)),
-                        all_of(stage[p].eq(HAS_LINK), leaf[p].ne(IMPORT_MEM)),
-                        all_of(stage[p].eq(GUEST), leaf[p].ne(VP_ENTER)),
-                    )
+        _every(
+            lambda p: not_(
+                any_of(
+                    all_of(stage[p].eq(IDLE), holds_tdr[p].ne(NONE)),
+                    all_of(stage[p].ne(IDLE), holds_tdr[p].eq(NONE)),
+                    all_of(holds_tdr[p].eq(EXCLUSIVE), leaf[p].ne(IMPORT_CONTROL)),
+                    all_of(leaf[p].eq(IMPORT_CONTROL), holds_tdr[p].eq(SHARED)),
+                    all_of(stage[p].eq(HAS_LINK), leaf[p].ne(IMPORT_MEM)),
+                    all_of(stage[p].eq(GUEST), leaf[p].ne(VP_ENTER)),
                 )
-            ),
+            )
         ),
         "What a call holds is what its leaf takes.",
         "lemma",
