@@ -201,6 +201,12 @@ def test_a_deletion_that_changes_nothing(number: int) -> None:
     assert found.outcome == "equivalent"
 
 
+def test_an_exported_entry_is_not_exported_again_while_it_is_locked() -> None:
+    """So that the look at its lock bit only tells BUSY from a wrong state."""
+    (found,) = mutants(LOCKS, HARDENED, [(("lock_entry", "entry_free"), "P44")])
+    assert found.outcome == "equivalent"
+
+
 # --- the lock table -------------------------------------------------------------------------------
 
 

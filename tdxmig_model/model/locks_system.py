@@ -133,7 +133,6 @@ PROPERTIES = (
             ("take_link", "order"),
             ("take_link", "link_free"),
             ("lock_entry", "order"),
-            ("lock_entry", "entry_free"),
             ("release", "order"),
             ("add_to_total", "atomic"),
         ),
@@ -225,6 +224,7 @@ LEMMAS = (
                     all_of(
                         s.entry_locked[s.entry_of[p]],
                         not_(s.writable[s.entry_of[p]]),
+                        s.exported[s.entry_of[p]],
                     ),
                 ),
             )
