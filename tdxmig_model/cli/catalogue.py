@@ -16,19 +16,16 @@ from tdxmig_model.backend.soft import status
 from tdxmig_model.errors import UsageError
 from tdxmig_model.expr import Assign, EnumType, Goal, Need, Property, Step, System, Variable
 from tdxmig_model.model.control_properties import CONTROL
-from tdxmig_model.model.forks import FORKS
-from tdxmig_model.model.key_words import KEY_WORDS
-from tdxmig_model.model.keys import KEYS
 from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.lifecycle import LIFECYCLE
-from tdxmig_model.model.terms import TERMS
+from tdxmig_model.model.systems import SYSTEMS as ALL_SYSTEMS
 from tdxmig_model.model.words import HARDENED, PROFILES
 from tdxmig_model.project import Edge, edges
 from tdxmig_model.verify import widths
 
 Item = dict[str, Any]
 
-SYSTEMS = (LEAF, LIFECYCLE, CONTROL, KEYS, KEY_WORDS, TERMS, FORKS)
+SYSTEMS = (LEAF, LIFECYCLE, *(s for s in ALL_SYSTEMS if s not in (LEAF, LIFECYCLE)))
 # Model, the variable that holds the state of a side, and the side.
 STATES = (
     (LEAF, "source_op_state", "source"),
@@ -87,7 +84,7 @@ def name_row(system: System, step: Step) -> names.Name | None:
 
     A step is in the table by its own name or by that of the call that it is a part of, or it is a
     variant of a step that is (export_state_immutable_other of export_state_immutable).  The models
-    of one concern each are not in the table.
+    of one concern each have steps of their own.
     """
     if system.name not in _KINDS:
         return None

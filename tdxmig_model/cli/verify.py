@@ -1,4 +1,4 @@
-"""``tdxmig verify``: verdicts on both models, and what each guard is for."""
+"""``tdxmig verify``: verdicts on all models, and what each guard is for."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tdxmig_model.model.systems import SYSTEMS
 from tdxmig_model.model.words import HARDENED, PROFILES
 from tdxmig_model.smt.induction import Query
 from tdxmig_model.verify import Mutant, Report, Row, every, listed, mutants, verify, verify_widths
+from tdxmig_model.verify.liveness import identifiers, liveness
 from tdxmig_model.verify.mutants import Deletion
 from tdxmig_model.verify.scope import not_stated
 from tdxmig_model.verify.widths import SENTENCES
@@ -117,7 +118,8 @@ def _claimed(profile: str) -> dict[str, list[str]]:
 
 def _known_properties(profile: str, properties: Sequence[str]) -> None:
     """UsageError with the nearest name for a property that no model has under the profile."""
-    known = [name for names in _claimed(profile).values() for name in names] + list(SENTENCES)
+    known = [name for names in _claimed(profile).values() for name in names]
+    known += [*SENTENCES, *identifiers()]
     for name in properties:
         if name not in known:
             raise UsageError(f"no property {name} under {profile}{_hint(name, known)}")
@@ -144,6 +146,10 @@ def _reports(profile: str, properties: Sequence[str], jobs: int, seed: int) -> l
         by_lemmas = [name for name in properties if name in SENTENCES]
         if by_lemmas or not properties:
             reports.append(verify_widths(profile, by_lemmas or None, seed=seed, progress=tick))
+        paths = [name for name in properties if name in identifiers()]
+        if paths or not properties:
+            status.update("liveness")
+            reports.append(liveness(profile, paths or None))
     return reports
 
 
@@ -270,7 +276,7 @@ def mutants_as_json(profile: str, found: Sequence[Mutant], *, named: bool) -> di
 
 
 def _stated() -> list[str]:
-    return [*(p.identifier for s in SYSTEMS for p in s.properties), *SENTENCES]
+    return [*(p.identifier for s in SYSTEMS for p in s.properties), *SENTENCES, *identifiers()]
 
 
 def _coloured(word: str) -> str:

@@ -105,6 +105,58 @@ def explore(
             gc.enable()
 
 
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """The reachable states of an instance by number, in the order of discovery.
+
+    `edges[state]` are pairs of a step's name and the state that it leads to.  `holds` are, for each
+    formula, the states that satisfy it.  `truncated` says that the limit ended the search, and
+    `clipped` that some step would have left the instance.
+    """
+
+    states: int
+    edges: tuple[tuple[tuple[str, int], ...], ...]
+    holds: Mapping[str, frozenset[int]]
+    truncated: bool
+    clipped: bool
+    _trace: Callable[[int], Trace] = field(repr=False)
+
+    def trace(self, state: int) -> Trace:
+        """A shortest way to a state."""
+        return self._trace(state)
+
+
+def graph(
+    system: System,
+    instance: Instance,
+    formulas: Mapping[str, Node],
+    *,
+    limit: int,
+    ceiling: int | Mapping[str, int] | None = None,
+) -> Graph:
+    """Every reachable state with its transitions, and which states satisfy each formula."""
+    search = _Search(Successors(system, instance, ceiling))
+    truncated = search.run({}, {}, limit, None)
+    labels, targets, ends = map(_joined, (search.labels, search.targets, search.ends))
+    names = [label.step for label in search.successors.labels]
+    edges = []
+    start = 0
+    for end in ends.tolist():
+        part = zip(labels[start:end].tolist(), targets[start:end].tolist(), strict=True)
+        edges.append(tuple((names[label], target) for label, target in part))
+        start = end
+    edges += [()] * (len(search.order) - len(edges))
+    held = {name: search.successors.satisfying(f, search.order) for name, f in formulas.items()}
+    return Graph(
+        len(search.order),
+        tuple(edges),
+        held,
+        truncated,
+        search.clipped > 0,
+        lambda state: search._trace(state, labels, targets, ends),
+    )
+
+
 _BAD = "the bad state"
 
 

@@ -287,6 +287,23 @@ class Successors:
         ]
         return inspect
 
+    def satisfying(self, formula: Node, order: Sequence[FlatState]) -> frozenset[int]:
+        """The numbers of the states that satisfy a formula; one that reads outside does not."""
+        both = And((defined(formula, self.instance), formula))
+        condition = self.writer.at(simplify(both, self.instance), NOT)
+        lines = [
+            "def satisfying(order):",
+            "    found = []",
+            "    for source, state in enumerate(order):",
+            f"        {', '.join(self.writer.names)}, = state",
+            f"        if {condition}:",
+            "            found.append(source)",
+            "    return found",
+        ]
+        title = f"{self.system.name} model, a formula"
+        chosen: Callable[..., list[int]] = define("\n".join(lines), title, {})["satisfying"]
+        return frozenset(chosen(order))
+
 
 def outside(name: str) -> NoReturn:
     """What generated code calls where a property reads outside a map."""
