@@ -100,7 +100,8 @@ def test_each_verdict_on_the_published_release(system: System) -> None:
     report = verify(system, TDX_1_5_01)
     bad = bad_rows(report)
     assert bad.keys() == VIOLATED[system.name]
-    assert {row.verdict for row in bad.values()} == {"violated"}
+    for row in bad.values():  # what a lemma is worth without its repairs is not asked
+        assert row.verdict == ("unknown" if row.level == "lemma" else "violated")
     assert report.dead_steps == ()
 
 

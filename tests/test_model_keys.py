@@ -159,8 +159,9 @@ def test_each_repair_restores_these_properties(name: str, repair: str) -> None:
 def test_the_verdicts_on_the_published_module(system: System) -> None:
     report = verify(system, TDX_1_5_01)
     for row in report.rows:
-        violated = row.identifier in CLAIMS[system.name] or row.verdict == "violated"
-        assert row.verdict == ("violated" if violated else "proved"), row.identifier
+        violated = row.identifier in CLAIMS[system.name]
+        if row.level != "lemma":  # what a lemma is worth without its repairs is not asked
+            assert row.verdict == ("violated" if violated else "proved"), row.identifier
         assert (row.story is not None) == violated
     assert {r.verdict for r in report.goals} == {"reachable"}
     assert report.dead_steps == ()

@@ -97,6 +97,8 @@ def name_row(system: System, step: Step) -> names.Name | None:
 def _steps(name: str, _profile: str) -> Iterator[Item]:
     for system in SYSTEMS:
         for step in system.steps:
+            if system.base is not None and system.base.has_step(step.name):
+                continue  # the smaller model shows it
             row = name_row(system, step)
             own = step.name.removeprefix(f"{step.actor}_")
             called = {step.name, own} | ({row.step} if row is not None else set())
