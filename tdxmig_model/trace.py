@@ -118,6 +118,10 @@ class TraceWriter:
 
     Both sides of one host may share a clock (time.monotonic is the same in each process of a host);
     across hosts only the order within one side means anything.
+
+    A file that can no longer be written (a full disk) raises nothing, because a record is made in
+    the middle of a step that has happened already: `failure` says so, and whoever drives the steps
+    asks for it between them.  Nothing more is written after that.
     """
 
     def __init__(
@@ -134,6 +138,8 @@ class TraceWriter:
         self.side = side
         self.session = session.hex() if isinstance(session, bytes) else session
         self._clock = clock
+        self.failure: str | None = None
+        """Why the trace is incomplete, None as long as it is not."""
         self._lines: list[str] = []
         self._seq = 0
         try:
@@ -188,12 +194,16 @@ class TraceWriter:
         self.record("note", {"text": text, **params}, kind="note")
 
     def flush(self) -> None:
-        """Hand every record so far to the operating system, as whole lines."""
-        if self._lines:
-            data = memoryview(("\n".join(self._lines) + "\n").encode())
-            self._lines.clear()
-            while data:
+        """Hand every record so far to the operating system, as whole lines; see `failure`."""
+        if not self._lines:
+            return
+        data = memoryview(("\n".join(self._lines) + "\n").encode())
+        self._lines.clear()
+        try:
+            while data and self.failure is None:
                 data = data[self._file.write(data) :]
+        except OSError as error:
+            self.failure = f"cannot write the trace {self.path}: {error.strerror}"
 
     def close(self) -> None:
         """Flush and close.  Safe to call twice."""

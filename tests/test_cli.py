@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +18,7 @@ import click
 import pytest
 
 import tdxmig_model
+from tdxmig_model import __main__ as entry
 from tdxmig_model import cli, errors
 from tdxmig_model.cli import output
 
@@ -314,6 +318,51 @@ def test_a_reader_that_leaves_early_is_no_error(unbuffered: str) -> None:
     # Only now does its stdin end, and it begins.
     _, complaint = process.communicate(timeout=60)
     assert (process.returncode, complaint) == (141, b"")
+
+
+@pytest.mark.parametrize("closed", [">&-", ">&- 2>&-"])
+def test_a_closed_stdout_is_one_line_and_exit_2(closed: str) -> None:
+    ran = subprocess.run(
+        ["bash", "-c", f"exec {sys.executable} -m tdxmig_model doctor {closed}"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    complaint = (
+        "" if "2>&-" in closed else "tdxmig: stdout is closed, so no answer could be printed\n"
+    )
+    assert (ran.returncode, ran.stderr) == (2, complaint)
+
+
+def test_an_interrupt_while_the_program_is_still_imported_is_one_line() -> None:
+    script = """
+import os, signal, sys
+class Interrupting:
+    @staticmethod
+    def find_spec(name, path=None, target=None):
+        if name == "click":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting)
+from tdxmig_model.__main__ import run
+sys.exit(run())
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (ran.returncode, ran.stdout, ran.stderr) == (130, "", "tdxmig: interrupted\n")
+
+
+def test_the_installed_command_is_that_entry_point() -> None:
+    scripts = tomllib.loads((CLI_FOLDER.parents[1] / "pyproject.toml").read_text())["project"]
+    module, _, name = scripts["scripts"]["tdxmig"].partition(":")
+    assert getattr(importlib.import_module(module), name) is entry.run
+
+
+def test_the_help_names_every_exit_code() -> None:
+    told = tdxmig("--help").stdout
+    for code in (cli.HOLDS, cli.NEGATIVE, cli.UNUSABLE, cli.INTERRUPTED, cli.PIPE_CLOSED):
+        assert re.search(rf"\b{code}\b", told)
 
 
 def test_progress_is_silent_where_stderr_is_no_terminal(

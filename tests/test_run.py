@@ -10,14 +10,23 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
+from tdxmig_model import replay
 from tdxmig_model.cli import main
 from tdxmig_model.errors import UsageError
-from tdxmig_model.supervisor import At, Injected, RunOptions, RunResult, run_migration
+from tdxmig_model.supervisor import (
+    At,
+    Injected,
+    RunOptions,
+    RunResult,
+    StopSignals,
+    run_migration,
+)
 from tdxmig_model.transport import Faults
 
 MEMORY = 4 << 20
@@ -114,38 +123,171 @@ def test_a_stop_leaves_the_source_as_owner(event: str, destination_state: str) -
     assert (result.source_runnable, result.destination_runnable) == (True, False)
     assert result.sentence.startswith("The source runs the TD")
     assert f"before {At.parse(event)}" in result.cause
+    after_the_token = event == "destination:end"
+    assert result.abort_token_used is after_the_token
+    assert ("abort token" in result.sentence) is after_the_token
 
 
 @pytest.mark.parametrize(
-    ("event", "says"), [("source:cleanup", "too late"), ("commit", "did not come up")]
+    ("event", "says"), [("source:cleanup", "too late"), ("commit", "never happened")]
 )
-def test_a_stop_that_comes_too_late_or_never(event: str, says: str) -> None:
+def test_a_stop_that_comes_too_late_or_never_is_not_what_was_asked(event: str, says: str) -> None:
     result = run(stop_at=At.parse(event))
-    assert result.ok
-    assert result.destination_runnable
+    assert not result.ok
+    assert (result.ending, result.destination_runnable) == ("migrated", True)
+    assert result.sentence.startswith("The destination runs the TD")
+    assert f"{At.parse(event)} that was asked for" in result.sentence
     assert says in result.sentence
 
 
-def test_interrupt_ends_in_a_legal_state(tmp_path: Path) -> None:
-    traces = tmp_path / "traces"
-    command = [sys.executable, "-m", "tdxmig_model", "run", "--memory", "32MiB", "--json"]
-    process = subprocess.Popen(
-        [*command, "--trace-dir", str(traces)],
+# --- signals -------------------------------------------------------------------------------------
+
+
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "tdxmig_model", "run", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,  # a process group of its own, as a terminal gives
     )
-    trace = traces / "source.ndjson"
+
+
+def wait_until(seen: Callable[[], bool]) -> None:
     end = time.monotonic() + 20
-    while not (trace.exists() and trace.stat().st_size > 4096) and time.monotonic() < end:
+    while not seen():
+        assert time.monotonic() < end
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_whole_group_ends_in_a_legal_state(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    process = start("--memory", "32MiB", "--json", "--trace-dir", str(tmp_path))
+    trace = tmp_path / "source.ndjson"
+    wait_until(lambda: trace.exists() and trace.stat().st_size > 4096)
+    os.killpg(process.pid, number)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (130, b"")
     result = json.loads(out)
     assert result["interrupted"]
+    assert number.name in result["cause"]
     assert result["source_runnable"] + result["destination_runnable"] == 1
-    assert result["trace"]["accepted"], result["trace"]
+    assert not result["trace"]["judged"], "somebody who interrupts is not kept waiting"
+    verdict = replay.judge(trace, tmp_path / "destination.ndjson")
+    assert verdict.ok, verdict.reason
+
+
+def test_a_signal_before_the_session_still_tells_who_has_the_td(tmp_path: Path) -> None:
+    process = start("--memory", "64MiB", "--trace-dir", str(tmp_path / "traces"))
+    wait_until((tmp_path / "traces").exists)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, b"")
+    assert "The source runs the TD" in out.decode()
+    assert "not judged: no trace was written" in out.decode()
+
+
+def test_a_second_signal_kills_both_sides_and_the_outcome_is_told(tmp_path: Path) -> None:
+    process = start("--memory", "32MiB", "--json", "--trace-dir", str(tmp_path))
+    trace = tmp_path / "source.ndjson"
+    wait_until(lambda: trace.exists() and trace.stat().st_size > 4096)
+    # Both sides stand still, so that the second signal finds them.
+    for pid in sides_of(process.pid):
+        os.kill(pid, signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (130, b"")
+    result = json.loads(out)
+    assert result["sentence"].startswith("No side can run the TD")
+    assert "a second signal" in result["sentence"]
+    assert "start token" not in result["sentence"], "nobody is left who knows"
+    assert not result["trace"]["judged"]
+
+
+def sides_of(supervisor: int) -> list[int]:
+    children = Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
+    # The third child is the resource tracker of multiprocessing, which ends when it may.
+    sides = [pid for pid in children if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(sides) == 2
+    return [int(pid) for pid in sides]
+
+
+def test_a_signal_while_traces_are_judged_ends_the_judging_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def judge(*_arguments: object) -> NoReturn:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(20)
+        raise AssertionError("the judging went on")
+
+    monkeypatch.setattr("tdxmig_model.replay.judge", judge)
+    result = run()
+    assert (result.interrupted, result.ok, result.ending) == (True, False, "migrated")
+    assert result.sentence.startswith("The destination runs the TD")
+    assert (result.trace["judged"], result.trace["reason"]) == (False, "interrupted (SIGINT)")
+
+
+def test_a_signal_that_was_ignored_stays_ignored() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert signals.count == 0
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+# --- traces that cannot be written, and deadlines ------------------------------------------------
+
+
+def test_a_full_disk_ends_the_migration_in_order(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [
+            *("bash", "-c", 'ulimit -f 64; exec "$@"', "bash"),
+            *(sys.executable, "-m", "tdxmig_model", "run", "--memory", "16MiB", "--json"),
+            *("--trace-dir", str(tmp_path)),
+        ],
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ran.returncode, ran.stderr) == (1, b"")
+    result = json.loads(ran.stdout)
+    assert (result["source_state"], result["source_runnable"]) == ("RUNNABLE", True)
+    assert (result["destination_state"], result["destination_runnable"]) == ("FAILED_IMPORT", False)
+    assert "cannot write the trace" in result["cause"]
+    assert str(tmp_path) in result["cause"]
+    assert not result["trace"]["judged"]
+    assert result["pages_sent"] > 0, "the disk was full before anything happened"
+
+
+def test_the_deadline_grows_with_memory_or_is_given() -> None:
+    small, large = RunOptions(memory=64 << 20), RunOptions(memory=4 << 30)
+    assert small.seconds < large.seconds
+    assert RunOptions(memory=4 << 30, deadline=7.0).seconds == 7.0
+
+
+def test_a_run_that_takes_longer_than_its_deadline_is_stopped(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["run", "--memory", "32MiB", "--deadline", "0.8", "--json"]) == 1
+    result = json.loads(capsys.readouterr().out)
+    assert result["source_runnable"]
+    assert "longer than 0.8 s" in result["cause"]
+
+
+@pytest.mark.parametrize("arguments", ["run --memory 4MiB", "run --memory 4MiB --json"])
+def test_a_reader_that_left_is_exit_141(arguments: str) -> None:
+    command = [sys.executable, "-m", "tdxmig_model", *arguments.split()]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    process.stdout = None
+    assert (process.communicate(timeout=60)[1], process.returncode) == (b"", 141)
 
 
 # --- lost peers and damaged streams --------------------------------------------------------------
@@ -213,6 +355,8 @@ def test_a_damaged_stream(faults: Faults, cause: str) -> None:
         ("--abort-at middle:setup", "source or destination"),
         ("--profile soft", "soft"),
         ("--trace-dir /dev/null/traces", "/dev/null/traces"),
+        ("--deadline 0", "--deadline"),
+        ("--deadline inf", "deadline of inf s"),
     ],
 )
 def test_wrong_usage_is_one_line_and_exit_2(

@@ -4,7 +4,8 @@ A command lives in the module of its name (``tdxmig_model.cli.doctor:command``) 
 it is used, so that ``--help`` and ``doctor`` need neither z3 nor transitions nor NumPy.
 
 Exit codes: 0 it holds; 1 a property, check or migration failed, which is a result; 2 usage or
-environment, nothing was decided; 130 interrupted; 141 the reader of stdout went away.
+environment, nothing was decided; 130 interrupted; 141 the reader of stdout went away.  The process
+begins in `tdxmig_model.__main__`, which is there before this module and what it imports.
 """
 
 from __future__ import annotations
@@ -73,7 +74,11 @@ class LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="tdxmig")
 @click.pass_context
 def tdxmig(ctx: click.Context) -> None:
-    """Intel TDX live migration as a model that is proved, drawn, run and enforced."""
+    """Intel TDX live migration as a model that is proved, drawn, run and enforced.
+
+    Exit codes: 0 it holds; 1 a property, a check or a migration failed; 2 wrong usage or an
+    environment that lacks something; 130 interrupted; 141 the reader of stdout went away.
+    """
     if ctx.invoked_subcommand is None:
         raise click.UsageError("no command given", ctx)
 
@@ -86,6 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     output.begin(json_wanted="--json" in words)
+    if sys.stdout is None:  # Python has no stream where the descriptor was closed
+        click.echo("tdxmig: stdout is closed, so no answer could be printed", err=True)
+        return UNUSABLE
     try:
         result = tdxmig.main(words, prog_name="tdxmig", standalone_mode=False)
         sys.stdout.flush()

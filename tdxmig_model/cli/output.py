@@ -61,8 +61,20 @@ def emit_failure(kind: str, line: str) -> None:
         emit_json({"ok": False, "error": line, "kind": kind})
 
 
+def console() -> Console:
+    """A console on stdout; its reader going away is a BrokenPipeError, as for all output."""
+    from rich.console import Console
+
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise  # the error at hand; rich would exit with 1, which means a failed result
+
+    return Plain(highlight=False)
+
+
 def progress_console() -> Console:
     """A console on stderr that shows something only where stderr is a terminal."""
     from rich.console import Console
 
-    return Console(stderr=True, quiet=not sys.stderr.isatty())
+    shown = sys.stderr is not None and sys.stderr.isatty()
+    return Console(stderr=True, quiet=not shown)

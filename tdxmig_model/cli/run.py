@@ -101,6 +101,12 @@ class Event(click.ParamType["At"]):
     show_default="0",
     help="Seed of the guest.",
 )
+@click.option(
+    "--deadline",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Stop the run after so long [default: 300 s and one more for each MiB].",
+)
 @click.option("--transport", type=click.Choice(("unix", "tcp")), default="unix", show_default=True)
 @click.option(
     "--trace-dir",
@@ -117,8 +123,12 @@ def command(ctx: click.Context, /, as_json: bool, **chosen: Any) -> None:
     checks every command before and after; memory and vCPUs are compared; at the end the model
     judges the merged traces of both sides.
 
-    Exits 0 if the migration ended as asked (with --abort-at: stopped, and one side runs the TD), 1
-    if not, 2 if it could not be tried.
+    An interrupt (SIGINT, SIGTERM, SIGHUP) asks both sides to give up in order, a second one kills
+    them; who has the TD is printed in any case.
+
+    Exits 0 if the migration ended as asked, 1 if not, 2 if it could not be tried, 130 if it was
+    interrupted.  With --abort-at what is asked is that the stop happens and the source runs the TD:
+    a stop that came too late or never is exit 1, although the TD migrated.
     """
     if chosen.pop("post_copy"):
         raise click.UsageError(
@@ -126,15 +136,16 @@ def command(ctx: click.Context, /, as_json: bool, **chosen: Any) -> None:
         )
     if chosen.pop("streams") > 1:
         raise click.UsageError("--streams above 1 is not available yet: bundles use stream 0", ctx)
-    from tdxmig_model.supervisor import RunOptions, run_migration
+    from tdxmig_model.supervisor import RunOptions, StopSignals, run_migration
 
     options = RunOptions(stop_at=chosen.pop("abort_at"), **chosen)
-    with _progress() as show:
-        result = run_migration(options, show)
-    if as_json:
-        output.emit_json(result.as_json())
-    else:
-        _print_summary(result)
+    with StopSignals() as signals:
+        with _progress() as show:
+            result = run_migration(options, show, signals)
+        if as_json:
+            output.emit_json(result.as_json())
+        else:
+            _print_summary(result)
     ctx.exit(130 if result.interrupted else 0 if result.ok else 1)
 
 
@@ -183,17 +194,11 @@ class _Lines:
 
 
 def _print_summary(result: RunResult) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="bold")
-    table.add_column()
-    for name, value in _summary(result):
-        table.add_row(name, value)
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
-    console.print(result.sentence, markup=False)
+    rows = _summary(result)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{click.style(name.ljust(width), bold=True)}  {value}")
+    click.echo(result.sentence)
 
 
 def _summary(result: RunResult) -> list[tuple[str, str]]:
@@ -218,11 +223,18 @@ def _summary(result: RunResult) -> list[tuple[str, str]]:
         for probe in result.refusals
     ]
     rows.append(("steps checked", f"{result.steps_checked} ({result.profile})"))
-    verdict = "accepted" if result.trace["accepted"] else f"refused: {result.trace['reason']}"
-    rows.append(("merged traces", f"{verdict} ({result.trace['steps']} steps)"))
+    rows.append(("merged traces", _verdict(result)))
     if result.cause:
         rows.append(("cause", result.cause))
     return rows
+
+
+def _verdict(result: RunResult) -> str:
+    trace = result.trace
+    if not trace["judged"]:
+        return f"not judged: {trace['reason']}"
+    verdict = "accepted" if trace["accepted"] else f"refused: {trace['reason']}"
+    return f"{verdict} ({trace['steps']} steps)"
 
 
 def _with_unit(value: float | None, unit: str) -> str:

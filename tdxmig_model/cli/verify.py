@@ -6,7 +6,6 @@ import difflib
 import os
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import click
 
@@ -18,9 +17,6 @@ from tdxmig_model.smt.induction import Query
 from tdxmig_model.verify import Mutant, Report, Row, every, listed, mutants, verify
 from tdxmig_model.verify.mutants import Deletion
 from tdxmig_model.verify.scope import not_stated
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 VERDICTS = ("proved", "exhausted", "bounded", "violated", "vacuous", "unknown")
 COLOURS = {
@@ -217,12 +213,6 @@ def _stated() -> list[str]:
     return [p.identifier for s in SYSTEMS for p in s.properties]
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    return Console(highlight=False)
-
-
 def _coloured(word: str) -> str:
     return f"[{COLOURS.get(word, 'red')}]{word}[/]"
 
@@ -230,7 +220,7 @@ def _coloured(word: str) -> str:
 def _print_reports(profile: str, reports: Sequence[Report]) -> None:
     from rich.table import Table
 
-    console = _console()
+    console = output.console()
     for report in reports:
         table = Table(
             "id",
@@ -266,7 +256,7 @@ def _print_reports(profile: str, reports: Sequence[Report]) -> None:
 def _print_mutants(profile: str, found: Sequence[Mutant], *, stories: bool) -> None:
     from rich.table import Table
 
-    console = _console()
+    console = output.console()
     table = Table(
         "guard", "of", "outcome", "breaks", "depth", "ms", title=f"guards of profile {profile}"
     )

@@ -295,8 +295,13 @@ class Side(ABC):
 
     def _check_stop(self, event: str | None) -> None:
         reason = self.hooks.stop_requested(event)
-        if reason is not None and not self._giving_up:
+        if self._giving_up:
+            return
+        if reason is not None:
             raise Stopped(reason)
+        if self.trace.failure is not None:
+            # Steps that nobody can judge afterwards are not to go on.
+            raise TdxmigError(self.trace.failure)
 
     def _perform(self, event: str, params: Mapping[str, object]) -> None:
         """Called by the machine for an accepted event: the only way to the engine."""

@@ -4,6 +4,7 @@ from tdxmig_model.supervisor.child import Probe
 from tdxmig_model.supervisor.options import At, Injected, RunOptions, lifecycle_events
 from tdxmig_model.supervisor.result import RunResult
 from tdxmig_model.supervisor.run import run_migration
+from tdxmig_model.supervisor.signals import StopSignals
 
 __all__ = [
     "At",
@@ -11,6 +12,7 @@ __all__ = [
     "Probe",
     "RunOptions",
     "RunResult",
+    "StopSignals",
     "lifecycle_events",
     "run_migration",
 ]

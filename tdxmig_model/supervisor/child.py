@@ -1,8 +1,8 @@
 """One side of a supervised run in its own process: its link to the supervisor, and its program.
 
-A child ignores SIGINT: an interrupt of the terminal reaches every process of the group, and only
-the supervisor may decide what it means.  It relays a stop over the link.  A supervisor that goes
-away is a stop too.
+A child ignores the signals that ask to stop: they reach every process of the group, and only the
+supervisor may decide what they mean.  It relays a stop over the link.  A supervisor that goes away
+is a stop too.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Final, TypeAlias
 from tdxmig_model.errors import PeerLost, TdxmigError, UsageError
 from tdxmig_model.premigration import Identity
 from tdxmig_model.session import Hooks, Progress, SideOutcome
+from tdxmig_model.supervisor import signals
 from tdxmig_model.supervisor.options import At, RunOptions
 
 PROGRESS_SECONDS: Final = 0.1
@@ -84,6 +85,8 @@ class SideReport:
     steps_checked: int = 0
     probes: tuple[Probe, ...] = ()
     guest_instructions: int = 0
+    trace_failure: str | None = None
+    """Why the trace of this side is incomplete."""
 
 
 class Link:
@@ -173,7 +176,7 @@ Program: TypeAlias = Callable[[Link, RunOptions, Place], SideReport]
 
 def child_main(program: Program, connection: Connection, options: RunOptions, place: Place) -> None:
     """Entry point of a child: run `program` and tell the supervisor how it ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signals.ignore()
     link = Link(connection)
     try:
         link.tell(program(link, options, place))

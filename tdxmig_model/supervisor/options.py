@@ -13,6 +13,10 @@ from tdxmig_model.wire.constants import MAX_ENTRIES, PAGE_SIZE
 
 SIDES: Final = ("source", "destination")
 TRANSPORTS: Final = ("unix", "tcp")
+LEAST_DEADLINE: Final = 300.0
+"""Seconds that a run may take whatever its memory."""
+SLOWEST: Final = 1 << 20
+"""Bytes of memory for which it may take one second more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +71,9 @@ class Injected:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOptions:
-    """Arguments of a run.  `memory` is bytes of private memory; `deadline` seconds for everything.
+    """Arguments of a run.  `memory` is bytes of private memory.
 
+    `deadline` is seconds for everything; without one the time grows with memory (see `seconds`).
     `stop_at` asks for a stop just before that event would fire.  Traces are kept in `trace_dir`;
     without one they are removed after they have been judged.
     """
@@ -83,7 +88,7 @@ class RunOptions:
     stop_at: At | None = None
     trace_dir: Path | None = None
     peer_timeout: float = 5.0
-    deadline: float = 300.0
+    deadline: float | None = None
     injected: Injected = field(default_factory=Injected)
 
     def __post_init__(self) -> None:
@@ -93,8 +98,17 @@ class RunOptions:
             raise UsageError(f"batch of {self.batch} pages: it is 1 to {MAX_ENTRIES}")
         if self.vcpus < 1:
             raise UsageError(f"{self.vcpus} vCPUs: a TD has at least one")
+        if self.deadline is not None and not 0 < self.deadline < float("inf"):
+            raise UsageError(f"deadline of {self.deadline:g} s: it is positive and finite")
         if self.transport not in TRANSPORTS:
             raise UsageError(f"transport {self.transport!r}: it is {' or '.join(TRANSPORTS)}")
+
+    @property
+    def seconds(self) -> float:
+        """Seconds after which the run is stopped."""
+        if self.deadline is not None:
+            return self.deadline
+        return LEAST_DEADLINE + self.memory / SLOWEST
 
     @property
     def patience(self) -> float:

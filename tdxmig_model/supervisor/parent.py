@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import tempfile
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,6 @@ from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from time import monotonic
-from types import FrameType
 from typing import Final
 
 from tdxmig_model.errors import UsageError
@@ -33,6 +31,7 @@ from tdxmig_model.supervisor.child import (
 )
 from tdxmig_model.supervisor.options import SIDES, RunOptions
 from tdxmig_model.supervisor.programs import run_destination, run_source
+from tdxmig_model.supervisor.signals import StopSignals, held_back
 
 PROGRAMS: Final[dict[str, Program]] = {
     "source": run_source,
@@ -56,15 +55,16 @@ class Child:
     report: SideReport | None = None
     failure: Failure | None = None
     open: bool = True
-    hung: bool = False
+    killed: str = ""
+    """Why the supervisor killed the process."""
 
     @property
     def gone(self) -> str:
         """How a child that left no report ended."""
         if self.failure is not None:
             return self.failure.text
-        if self.hung:
-            return "it hung, and the supervisor killed its process"
+        if self.killed:
+            return f"{self.killed}, and the supervisor killed its process"
         code = self.process.exitcode
         if code is not None and code < 0:
             return f"its process was killed by {signal.Signals(-code).name}"
@@ -77,27 +77,35 @@ class Watch:
 
     options: RunOptions
     on_progress: Callable[[Progress], None]
+    signals: StopSignals
     children: dict[str, Child] = field(default_factory=dict)
-    stop: threading.Event = field(default_factory=threading.Event)
-    stop_reason: str = ""
+    too_late: str = ""
+    """That the deadline passed; empty before."""
     stop_told: bool = False
-    interrupted: bool = False
     deadline: float = 0.0
+
+    @property
+    def stop_reason(self) -> str:
+        """Why both sides are to stop; empty if they are not."""
+        return self.signals.reason or self.too_late
 
 
 def run_children(
-    options: RunOptions, work: Path, traces: Path, on_progress: Callable[[Progress], None]
+    options: RunOptions,
+    work: Path,
+    traces: Path,
+    on_progress: Callable[[Progress], None],
+    signals: StopSignals,
 ) -> Watch:
     """Run both sides to their ends.  Every child is reaped when this returns or raises."""
-    watch = Watch(options, on_progress, deadline=monotonic() + options.deadline)
+    watch = Watch(options, on_progress, signals, deadline=monotonic() + options.seconds)
     context = multiprocessing.get_context("spawn")
     places = _places(work, traces)
     try:
         for side in SIDES:
             watch.children[side] = _start(context, side, options, places[side])
-        with _interrupts_stop(watch):
-            while any(child.open for child in watch.children.values()):
-                _turn(watch)
+        while any(child.open for child in watch.children.values()):
+            _turn(watch)
     finally:
         for child in watch.children.values():
             _reap(child)
@@ -122,47 +130,23 @@ def _start(
         name=f"tdxmig-{side}",
         daemon=True,
     )
-    # The child inherits the blocked signal: an interrupt while it still imports must not kill it.
-    # The tracker is started before, because starting it unblocks the signal again.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
+    # A process inherits what is blocked: a signal while it still imports must not kill it.  The
+    # tracker is started in a block of its own, because starting it unblocks some signals again.
+    with held_back():
+        resource_tracker.ensure_running()
+    with held_back():
         process.start()
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     theirs.close()
     return Child(side, process, ours)
 
 
-@contextmanager
-def _interrupts_stop(watch: Watch) -> Iterator[None]:
-    """The first SIGINT or SIGTERM asks both sides to stop; a second one kills them."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if watch.stop.is_set():
-            raise KeyboardInterrupt
-        watch.interrupted = True
-        watch.stop_reason = f"interrupted ({signal.Signals(number).name})"
-        watch.stop.set()
-
-    before = {
-        number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)
-    }
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def _turn(watch: Watch) -> None:
     """Wait for a message, the end of a child, a stop or the deadline, and act on it."""
-    if watch.stop.is_set() and not watch.stop_told:
+    if watch.stop_reason and not watch.stop_told:
         watch.stop_told = True
         _tell(watch, Stop(watch.stop_reason))
+    if watch.signals.count > 1:
+        _kill(watch, "a second signal asked for the end at once")
     if monotonic() >= watch.deadline:
         _on_deadline(watch)
     open_children = {child.connection: child for child in watch.children.values() if child.open}
@@ -175,15 +159,18 @@ def _on_deadline(watch: Watch) -> None:
     """First ask both sides to stop; a side that is still there after that is killed."""
     alone = any(not child.open for child in watch.children.values())
     if watch.stop_told or alone:
-        for child in watch.children.values():
-            if child.open:
-                child.hung = True
-                child.process.kill()
+        _kill(watch, "it hung")
         watch.deadline = monotonic() + GRACE_SECONDS
         return
-    watch.stop_reason = f"the run took longer than {watch.options.deadline:g} s"
-    watch.stop.set()
+    watch.too_late = f"the run took longer than {watch.options.seconds:g} s"
     watch.deadline = monotonic() + watch.options.patience
+
+
+def _kill(watch: Watch, why: str) -> None:
+    for child in watch.children.values():
+        if child.open and not child.killed:
+            child.killed = why
+            child.process.kill()
 
 
 def _on_message(watch: Watch, child: Child) -> None:

@@ -77,6 +77,7 @@ def run_source(link: Link, options: RunOptions, place: Place) -> SideReport:
         if outcome.op_state == "POST_EXPORT":
             report.probes = _try_what_is_refused(session)
         report.steps_checked = session.enforcer.steps_checked
+    report.trace_failure = trace.failure
     if digests:
         report.memory_digest, report.vcpu_digests = digests[-1]
     return report
@@ -105,6 +106,7 @@ def run_destination(link: Link, options: RunOptions, place: Place) -> SideReport
             report.memory_digest, report.vcpu_digests = _digests(backend)
             report.guest_instructions = session.run_guest(SLICE)
         report.steps_checked = session.enforcer.steps_checked
+    report.trace_failure = trace.failure
     return report
 
 

@@ -51,8 +51,15 @@ def explain(source: End, destination: End) -> str:
     if destination.runnable:
         return f"The destination runs the TD; {source.text}, and the TD never runs there again."
     if source.runnable:
-        return f"The source runs the TD; {destination.text}, {_why_not(destination)}."
+        how = ", taken back with the abort token of the destination"
+        token = how if took_back_with_token(source) else ""
+        return f"The source runs the TD{token}; {destination.text}, {_why_not(destination)}."
     return f"No side can run the TD: {_why_none(source, destination)}."
+
+
+def took_back_with_token(source: End) -> bool:
+    """Whether the source had given its start token away and an abort token brought the TD back."""
+    return source.report is not None and "abort_with_token" in source.report.outcome.events
 
 
 def _why_not(destination: End) -> str:
@@ -77,8 +84,19 @@ def _why_none(source: End, destination: End) -> str:
             f"and {left}"
         )
     if source.report is None:
-        return f"{source.text} and the TD with it; {destination.text} and never got a start token"
+        return (
+            f"{source.text} and the TD with it; {destination.text}{_about_the_token(destination)}"
+        )
     return f"{source.text} and {destination.text}"
+
+
+def _about_the_token(destination: End) -> str:
+    """Whether the destination had a start token, where its report says."""
+    if destination.report is None:
+        return ""
+    if "import_start_token" in destination.report.outcome.events:
+        return " and gave up after it had the start token"
+    return " and never got a start token"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +105,8 @@ class RunResult:
 
     `ok`: everything that was asked for holds.  Without a requested stop that is: the TD migrated,
     its memory and vCPUs are equal, the source refuses to run it, the destination runs it, and the
-    model accepts both traces.  With one: exactly one side can run the TD, by the model's rules.
+    model accepts both traces.  With one: the stop happened, the source alone can run the TD, and
+    the model accepts both traces; a TD that migrated in spite of it is not what was asked for.
 
     `ending` is migrated, aborted (one side has the TD, the migration was given up), undecided (the
     start token is out and nothing came back) or lost (the TD is gone with its process).
@@ -115,6 +134,7 @@ class RunResult:
     destination_state: str | None
     source_runnable: bool
     destination_runnable: bool
+    abort_token_used: bool
     refusals: tuple[Probe, ...]
     guest_instructions: int
     steps_checked: int

@@ -12,24 +12,37 @@ from tdxmig_model.session import Ending, Progress, SideOutcome
 from tdxmig_model.supervisor.child import SideReport
 from tdxmig_model.supervisor.options import SIDES, RunOptions, trace_path
 from tdxmig_model.supervisor.parent import Watch, run_children, work_directory
-from tdxmig_model.supervisor.result import End, RunResult, TraceVerdict, explain
+from tdxmig_model.supervisor.result import (
+    End,
+    RunResult,
+    TraceVerdict,
+    explain,
+    took_back_with_token,
+)
+from tdxmig_model.supervisor.signals import StopSignals
 
 
 def run_migration(
-    options: RunOptions, on_progress: Callable[[Progress], None] = lambda progress: None
+    options: RunOptions,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+    signals: StopSignals | None = None,
 ) -> RunResult:
     """Migrate a TD between two new processes and judge what came out.
 
-    A migration that fails is a result.  UsageError: this environment cannot run one.
+    A migration that fails, or is stopped by a signal, is a result.  `signals` are those that the
+    caller takes already; by default they are taken until this returns.  UsageError: this
+    environment cannot run a migration.
     """
+    if signals is None:
+        with StopSignals() as own:
+            return run_migration(options, on_progress, own)
     _check_memory(options)
     with work_directory(options) as (work, traces):
-        watch = run_children(options, work, traces, on_progress)
+        watch = run_children(options, work, traces, on_progress, signals)
         for child in watch.children.values():
             if child.failure is not None and child.failure.usage:
                 raise UsageError(f"{child.side}: {child.failure.text}")
-        verdict = _judge(watch, traces, options)
-        return _result(watch, verdict, traces)
+        return _result(watch, _judge(watch, traces), traces)
 
 
 def _check_memory(options: RunOptions) -> None:
@@ -42,12 +55,22 @@ def _check_memory(options: RunOptions) -> None:
         )
 
 
-def _judge(watch: Watch, traces: Path, options: RunOptions) -> TraceVerdict:
-    from tdxmig_model import replay
-
+def _judge(watch: Watch, traces: Path) -> TraceVerdict:
+    """The model's verdict, unless there is nothing whole to judge or somebody asks to stop."""
     written = [path for path in (trace_path(traces, side) for side in SIDES) if path.exists()]
     if not written:
         return TraceVerdict(False, False, reason="no trace was written: no session began")
+    reports = [child.report for child in watch.children.values() if child.report is not None]
+    failures = [one.trace_failure for one in reports if one.trace_failure is not None]
+    if failures:
+        return TraceVerdict(False, False, reason="; ".join(failures))
+    verdict = watch.signals.unless_stopped(lambda: _judge_written(written, watch.options))
+    return verdict or TraceVerdict(False, False, reason=watch.signals.reason)
+
+
+def _judge_written(written: list[Path], options: RunOptions) -> TraceVerdict:
+    from tdxmig_model import replay
+
     try:
         found = (
             replay.judge(written[0], written[1], options.profile)
@@ -134,30 +157,32 @@ def _result(watch: Watch, verdict: TraceVerdict, traces: Path) -> RunResult:
         destination_state=ends["destination"].op_state,
         source_runnable=ends["source"].runnable,
         destination_runnable=ends["destination"].runnable,
+        abort_token_used=took_back_with_token(ends["source"]),
         refusals=both.source.probes if both.source else (),
         guest_instructions=both.destination.guest_instructions if both.destination else 0,
         steps_checked=sum(
             report.steps_checked for report in (both.source, both.destination) if report
         ),
-        interrupted=watch.interrupted,
+        interrupted=bool(watch.signals.count),
         trace=result_trace,
     )
 
 
 def _as_asked(both: _Both, ends: dict[str, End], options: RunOptions, migrated: bool) -> bool:
-    """Whether the run ended as it should: migrated in every respect, or stopped with one owner."""
+    """Whether the run ended as it should: stopped with one owner, or migrated in every respect."""
     runnable = [end.side for end in ends.values() if end.runnable]
-    if migrated:
-        probes = both.source.probes if both.source else ()
-        return (
-            runnable == ["destination"]
-            and both.memory_equal is True
-            and both.vcpus_equal is True
-            and bool(probes)
-            and all(probe.refused_by_enforcer and probe.refused_by_module for probe in probes)
-            and bool(both.destination and both.destination.guest_instructions)
-        )
-    return options.stop_at is not None and _stopped(both, options) and runnable == ["source"]
+    if options.stop_at is not None:
+        return _stopped(both, options) and runnable == ["source"]
+    probes = both.source.probes if both.source else ()
+    return (
+        migrated
+        and runnable == ["destination"]
+        and both.memory_equal is True
+        and both.vcpus_equal is True
+        and bool(probes)
+        and all(probe.refused_by_enforcer and probe.refused_by_module for probe in probes)
+        and bool(both.destination and both.destination.guest_instructions)
+    )
 
 
 def _stopped(both: _Both, options: RunOptions) -> bool:
@@ -174,8 +199,8 @@ def _about_the_stop(both: _Both, options: RunOptions) -> str:
         return ""
     report = getattr(both, options.stop_at.side)
     if report is not None and options.stop_at.event in report.outcome.events:
-        return f" The stop before {options.stop_at} came too late to change that."
-    return f" The event {options.stop_at} did not come up, so nothing was stopped."
+        return f" The stop before {options.stop_at} that was asked for came too late."
+    return f" The stop before {options.stop_at} that was asked for never happened: no such event."
 
 
 def _ending(ends: dict[str, End], migrated: bool) -> str:
