@@ -149,7 +149,7 @@ class SourceEngine:
                 self.abort_token = mbmd.pack()
                 return self._abort_event("abort_with_token")
             case Failed(reason):
-                self._expect(self.committed is None, "FAILED")
+                self._expect(self.committed is None and self.failure is None, "FAILED")
                 self.failure = reason
                 return self._abort_event(None)
 

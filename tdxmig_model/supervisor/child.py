@@ -58,6 +58,13 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class PeerEnded:
+    """The other side's session is over: nothing more comes from it than this, if it made one."""
+
+    abort_token: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """A side could not even run its session.  `usage`: the environment is to blame."""
 
@@ -97,6 +104,8 @@ class Link:
         self._sending = threading.Lock()
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.stop_reason: str | None = None
+        self.peer_ended = False
+        self._abort_token: bytes | None = None
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -105,8 +114,12 @@ class Link:
                 item = self._connection.recv()
             except (EOFError, OSError):
                 self.stop_reason = self.stop_reason or "the supervisor went away"
+                self.peer_ended = True
                 self._inbox.put(None)
                 return
+            if isinstance(item, PeerEnded):
+                self._abort_token = item.abort_token
+                self.peer_ended = True
             if isinstance(item, Stop):
                 self.stop_reason = self.stop_reason or item.reason
             self._inbox.put(item)
@@ -118,6 +131,11 @@ class Link:
                 self._connection.send(item)
             except (BrokenPipeError, OSError):
                 self.stop_reason = self.stop_reason or "the supervisor went away"
+
+    def take_abort_token(self) -> bytes | None:
+        """The abort token that the supervisor relayed; once."""
+        token, self._abort_token = self._abort_token, None
+        return token
 
     def addresses(self, timeout: float) -> Addresses:
         """Wait for the addresses of the destination.  PeerLost if they do not come."""
@@ -166,6 +184,12 @@ class ChildHooks(Hooks):
         if progress.phase != self._told_phase or now - self._told_at >= PROGRESS_SECONDS:
             self._told_phase, self._told_at = progress.phase, now
             self._link.tell(progress)
+
+    def relayed_abort_token(self) -> bytes | None:
+        return self._link.take_abort_token()
+
+    def relays(self) -> bool:
+        return not self._link.peer_ended
 
     def exported(self) -> None:
         self._exported()

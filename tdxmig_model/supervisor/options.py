@@ -8,6 +8,7 @@ from typing import Final
 
 from tdxmig_model.errors import UsageError
 from tdxmig_model.names import NAMES, Kind
+from tdxmig_model.session import DECISION_TIMEOUTS
 from tdxmig_model.transport import Faults
 from tdxmig_model.wire.constants import MAX_ENTRIES, PAGE_SIZE
 
@@ -112,8 +113,9 @@ class RunOptions:
 
     @property
     def patience(self) -> float:
-        """Seconds that a side may need to end once its peer has: digests take time with memory."""
-        return self.peer_timeout + self.memory / (100 << 20)
+        """Seconds that a side may need to end once its peer has: it may wait for a decision, and
+        digests take time with memory."""
+        return (DECISION_TIMEOUTS + 1) * self.peer_timeout + self.memory / (100 << 20)
 
     @property
     def pages(self) -> int:
