@@ -92,6 +92,10 @@ class SideReport:
     steps_checked: int = 0
     probes: tuple[Probe, ...] = ()
     guest_instructions: int = 0
+    session: str = ""
+    """Session id in hexadecimal; empty if no session began."""
+    whole: bool = True
+    """False: sent ahead, as soon as the session was over; a whole one follows."""
     trace_failure: str | None = None
     """Why the trace of this side is incomplete."""
 
@@ -105,6 +109,7 @@ class Link:
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.stop_reason: str | None = None
         self.peer_ended = False
+        self.session_began = False
         self._abort_token: bytes | None = None
         threading.Thread(target=self._listen, daemon=True).start()
 
@@ -118,7 +123,7 @@ class Link:
                 self._inbox.put(None)
                 return
             if isinstance(item, PeerEnded):
-                self._abort_token = item.abort_token
+                self._abort_token = item.abort_token or self._abort_token
                 self.peer_ended = True
             if isinstance(item, Stop):
                 self.stop_reason = self.stop_reason or item.reason
@@ -205,9 +210,12 @@ def child_main(program: Program, connection: Connection, options: RunOptions, pl
     try:
         link.tell(program(link, options, place))
     except TdxmigError as error:
-        link.tell(Failure(str(error), isinstance(error, UsageError)))
+        usage = isinstance(error, UsageError) and not link.session_began
+        link.tell(Failure(str(error), usage))
     except (OSError, MemoryError) as error:
-        link.tell(Failure(f"this host refused: {error or type(error).__name__}", usage=True))
+        # Once the session began there is an outcome to tell, which a usage error would hide.
+        text = f"this host refused: {error or type(error).__name__}"
+        link.tell(Failure(text, usage=not link.session_began))
     except Exception as error:
         if os.environ.get("TDXMIG_DEBUG") == "1":
             traceback.print_exc()

@@ -187,7 +187,8 @@ def _on_message(watch: Watch, child: Child) -> None:
             watch.on_progress(item)
         case SideReport():
             child.report = item
-            _tell_peer(watch, child, PeerEnded(item.outcome.abort_token))
+            if not (item.whole and item.session):  # told ahead
+                _tell_peer(watch, child, PeerEnded(item.outcome.abort_token))
         case Failure():
             child.failure = item
         case Addresses():
@@ -197,7 +198,7 @@ def _on_message(watch: Watch, child: Child) -> None:
 def _on_end(watch: Watch, child: Child) -> None:
     """One side is gone: the other notices by itself, unless it has no connection yet or hangs."""
     watch.deadline = min(watch.deadline, monotonic() + watch.options.patience)
-    if child.report is None:
+    if child.report is None or not child.report.whole:
         _tell_peer(watch, child, PeerEnded(None))
         _tell(watch, Stop(f"the {child.side} is gone: {child.gone}"))
 

@@ -72,12 +72,12 @@ def run_source(link: Link, options: RunOptions, place: Place) -> SideReport:
             options=_session_options(options),
             hooks=ChildHooks("source", link, options, lambda: digests.append(_digests(backend))),
         )
-        outcome = session.run()
-        report = SideReport(outcome)
+        report = _run(link, session)
+        outcome = report.outcome
         if outcome.op_state == "POST_EXPORT":
             report.probes = _try_what_is_refused(session)
         report.steps_checked = session.enforcer.steps_checked
-    report.trace_failure = trace.failure
+    report.trace_failure, report.whole = trace.failure, True
     if digests:
         report.memory_digest, report.vcpu_digests = digests[-1]
     return report
@@ -100,13 +100,20 @@ def run_destination(link: Link, options: RunOptions, place: Place) -> SideReport
             options=_session_options(options),
             hooks=ChildHooks("destination", link, options),
         )
-        outcome = session.run()
-        report = SideReport(outcome)
-        if outcome.ending is Ending.MIGRATED:
+        report = _run(link, session)
+        if report.outcome.ending is Ending.MIGRATED:
             report.memory_digest, report.vcpu_digests = _digests(backend)
             report.guest_instructions = session.run_guest(SLICE)
         report.steps_checked = session.enforcer.steps_checked
-    report.trace_failure = trace.failure
+    report.trace_failure, report.whole = trace.failure, True
+    return report
+
+
+def _run(link: Link, session: Side) -> SideReport:
+    """Run the session, and tell how it ended before anything else can go wrong."""
+    link.session_began = True
+    report = SideReport(session.run(), session=session.trace.session, whole=False)
+    link.tell(report)
     return report
 
 
