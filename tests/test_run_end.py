@@ -18,7 +18,7 @@ from tdxmig_model.session import SideOutcome
 from tdxmig_model.supervisor import At, Injected, RunOptions, child, run_migration
 from tdxmig_model.supervisor.child import Failure, Link, PeerEnded, SideReport
 from tdxmig_model.supervisor.result import End, explain
-from tdxmig_model.supervisor.run import _judge_written
+from tdxmig_model.supervisor.run import _Both, _differs, _judge_written
 from tdxmig_model.supervisor.tracefiles import reserved, written_traces
 from tdxmig_model.transport import Faults
 
@@ -145,3 +145,49 @@ def test_a_relayed_token_is_given_once_and_survives_the_end_of_the_process() -> 
         pass
     assert link.peer_ended
     assert [link.take_abort_token(), link.take_abort_token()] == [b"token", None]
+
+
+# --- options and differences ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory": 4096.0},
+        {"memory": "64MiB"},
+        {"vcpus": 1.5},
+        {"vcpus": 70_000},
+        {"batch": True},
+        {"seed": -1},
+        {"seed": None},
+        {"peer_timeout": 0.0},
+        {"peer_timeout": float("nan")},
+        {"peer_timeout": float("inf")},
+        {"peer_timeout": "5"},
+        {"deadline": float("nan")},
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"(?i){next(iter(options)).split('_')[0]}"):
+        RunOptions(**options)
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "says"),
+    [
+        (("a", ("b",)), ("a", ("b",)), ""),
+        (("a", ("b",)), ("x", ("b",)), "the memory of the destination differs"),
+        (("a", ("b",)), ("a", ("x",)), "the vCPU state of the destination differs"),
+        (("a", ("b",)), ("x", ("x",)), "the memory and vCPU state of the destination differs"),
+    ],
+)
+def test_a_difference_is_named(
+    ours: tuple[str, tuple[str, ...]], theirs: tuple[str, tuple[str, ...]], says: str
+) -> None:
+    sides = [
+        SideReport(SideOutcome(side), digests[0], digests[1])
+        for side, digests in (("source", ours), ("destination", theirs))
+    ]
+    found = _differs(_Both(*sides))
+    assert found.startswith(says)
+    assert bool(found) is bool(says)

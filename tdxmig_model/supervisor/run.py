@@ -135,6 +135,8 @@ def _result(watch: Watch, verdict: TraceVerdict, traces: Path) -> RunResult:
     total = _milliseconds(source.started_at, destination.runnable_at)
     sentence = explain(ends["source"], ends["destination"])
     sentence += _about_the_stop(both, options)
+    differs = _differs(both)
+    sentence += f" But {differs}." if differs else ""
     result_trace: dict[str, object] = {
         "judged": verdict.judged,
         "accepted": verdict.accepted,
@@ -149,7 +151,7 @@ def _result(watch: Watch, verdict: TraceVerdict, traces: Path) -> RunResult:
         ok=verdict.accepted and _as_asked(both, ends, options, migrated),
         ending=_ending(ends, migrated),
         sentence=sentence,
-        cause=watch.stop_reason if watch.stop_told else _cause(both, ends),
+        cause=watch.stop_reason if watch.stop_told else _cause(both, ends) or differs,
         profile=options.profile,
         transport=options.transport,
         pages=options.pages,
@@ -209,6 +211,13 @@ def _stopped(both: _Both, options: RunOptions) -> bool:
         both.source if options.stop_at and options.stop_at.side == "source" else both.destination
     )
     return report is not None and report.outcome.stopped
+
+
+def _differs(both: _Both) -> str:
+    """What the destination has otherwise than the source had it at the pause."""
+    compared = (("memory", both.memory_equal), ("vCPU state", both.vcpus_equal))
+    found = " and ".join(what for what, equal in compared if equal is False)
+    return f"the {found} of the destination differs from the source's at its pause" if found else ""
 
 
 def _about_the_stop(both: _Both, options: RunOptions) -> str:
