@@ -29,6 +29,7 @@ from tdxmig_model.wire.extensions import (
     Capability,
     Failed,
     Hello,
+    InOrderDone,
     MessageType,
     SessionStarted,
     encode_forward,
@@ -67,12 +68,46 @@ def assert_taken_back(done: Migration) -> None:
     done.assert_accepted()
 
 
-@pytest.mark.parametrize("missing", [4, 20, 60])
+@pytest.mark.parametrize("missing", [4, 20, 40])
 def test_the_source_outlasts_a_destination_that_waits_as_long(
     tmp_path: Path, whole: int, missing: int
 ) -> None:
     """The start token is lost on the way and nobody notices before a timeout passed."""
     assert_taken_back(migrate(tmp_path, forward=Faults(truncate_at=whole - missing), options=SHORT))
+
+
+def test_the_start_token_stays_until_the_destination_has_everything_else(
+    tmp_path: Path, whole: int
+) -> None:
+    """The last vCPU state is lost on the way: the TD was never given away."""
+    done = migrate(tmp_path, forward=Faults(truncate_at=whole - 4000), options=SHORT)
+    assert done.states == ("RUNNABLE", "FAILED_IMPORT")
+    assert "finish_epochs" not in done.source.outcome.events
+    assert "sent no IN_ORDER_DONE" in done.source.outcome.cause or done.source.outcome.heard_of
+
+
+def test_an_early_or_repeated_in_order_done_ends_the_session(tmp_path: Path) -> None:
+    def early(record: bytes) -> Sequence[bytes]:
+        started = record.startswith(MessageType.SESSION_STARTED.to_bytes(2, "big"))
+        return [record, encode_return(InOrderDone())] if started else [record]
+
+    def prepare(source: SourceSession, destination: DestinationSession) -> None:
+        destination.transport = Scripted(destination.transport, early)
+
+    done = migrate(tmp_path, prepare=prepare, options=SHORT)
+    assert done.states == ("RUNNABLE", "FAILED_IMPORT")
+    assert "the destination sent IN_ORDER_DONE after it had started" in done.source.outcome.cause
+
+
+def test_a_destination_without_in_order_done_is_migrated_to(tmp_path: Path) -> None:
+    def prepare(source: SourceSession, destination: DestinationSession) -> None:
+        ours = destination.engine._ours
+        fewer = ours.capabilities & ~Capability.IN_ORDER_DONE
+        destination.engine._ours = replace(ours, capabilities=fewer)
+
+    done = migrate(tmp_path, prepare=prepare)
+    assert done.states == ("POST_EXPORT", "RUNNABLE")
+    assert not done.source.engine.in_order_done
 
 
 def test_a_genuine_token_after_a_forged_one_is_used(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ from tdxmig_model.wire.extensions import (
     Committed,
     Failed,
     Hello,
+    InOrderDone,
     SessionStarted,
     SourceAbort,
     encode_return,
@@ -48,7 +49,7 @@ _PHASES: Final = {
     "import_vcpu_state": "state",
     "import_start_token": "commit",
 }
-_RETURN_MESSAGES: Final = (AbortToken, Committed, Failed, Hello, SessionStarted)
+_RETURN_MESSAGES: Final = (AbortToken, Committed, Failed, Hello, InOrderDone, SessionStarted)
 
 LINGER_SECONDS: Final = 3.0
 """How long a destination stays reachable at its end, so that the source can read how it ended."""

@@ -31,6 +31,7 @@ from tdxmig_model.wire.extensions import (
     Capability,
     Committed,
     Failed,
+    InOrderDone,
     ReturnMessage,
     ReturnPathParser,
     SessionStarted,
@@ -39,7 +40,7 @@ from tdxmig_model.wire.extensions import (
 from tdxmig_model.wire.mbmd import Mbmd
 from tdxmig_model.wire.records import encode
 
-_RETURN_ONLY: Final = (AbortToken, Committed, Failed, SessionStarted)
+_RETURN_ONLY: Final = (AbortToken, Committed, Failed, InOrderDone, SessionStarted)
 
 
 class SourceSession(Side):
@@ -112,6 +113,7 @@ class SourceSession(Side):
         for vcpu in range(self.vcpus):
             self._fire("export_vcpu_state", {"vcpu": vcpu}, vcpu=vcpu)
             yield Activity.MOVED
+        yield from self._await_in_order()
         self._check_peer()
         self._fire("finish_epochs")
         self.hooks.exported()
@@ -186,6 +188,14 @@ class SourceSession(Side):
         """A destination that could not make an abort token must not get the TD."""
         while not self.engine.session_started:
             self._take((yield from self._receive("SESSION_STARTED")))
+
+    def _await_in_order(self) -> Steps[None]:
+        """The start token is not given away without a sign that the destination lives and holds
+        everything before it."""
+        if Capability.IN_ORDER_DONE not in self.engine.agreed:
+            return
+        while not self.engine.in_order_done:
+            self._take((yield from self._receive("IN_ORDER_DONE")))
 
     def _await_commit(self) -> Steps[None]:
         end = self._decide_by()
