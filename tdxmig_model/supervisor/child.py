@@ -58,6 +58,11 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class Built:
+    """The source's TD is there: from now on it can connect at once."""
+
+
+@dataclass(frozen=True, slots=True)
 class PeerEnded:
     """The other side's session is over: nothing more comes from it than this, if it made one."""
 
@@ -109,6 +114,7 @@ class Link:
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.stop_reason: str | None = None
         self.peer_ended = False
+        self.peer_built = False
         self.session_began = False
         self._abort_token: bytes | None = None
         threading.Thread(target=self._listen, daemon=True).start()
@@ -122,6 +128,8 @@ class Link:
                 self.peer_ended = True
                 self._inbox.put(None)
                 return
+            if isinstance(item, Built):
+                self.peer_built = True
             if isinstance(item, PeerEnded):
                 self._abort_token = item.abort_token or self._abort_token
                 self.peer_ended = True

@@ -20,6 +20,11 @@ LEAST_DEADLINE: Final = 300.0
 SLOWEST: Final = 1 << 20
 """Bytes of memory for which it may take one second more."""
 
+LEAST_BUILD: Final = 30.0
+"""Seconds that a side may take to build its TD whatever its memory."""
+SLOWEST_BUILD: Final = 8 << 20
+"""Bytes of memory for which it may take one second more."""
+
 
 @dataclass(frozen=True, slots=True)
 class At:
@@ -132,6 +137,11 @@ class RunOptions:
         """Seconds that a side may need to end once its peer has: it may wait for a decision, and
         digests take time with memory."""
         return (DECISION_TIMEOUTS + 1) * self.peer_timeout + self.memory / (100 << 20)
+
+    @property
+    def build_seconds(self) -> float:
+        """Seconds that a side may need to build its TD."""
+        return LEAST_BUILD + self.memory / SLOWEST_BUILD
 
     @property
     def pages(self) -> int:

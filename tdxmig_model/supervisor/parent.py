@@ -22,6 +22,7 @@ from tdxmig_model.premigration import make_identity
 from tdxmig_model.session import Progress
 from tdxmig_model.supervisor.child import (
     Addresses,
+    Built,
     Failure,
     PeerEnded,
     Place,
@@ -189,6 +190,8 @@ def _on_message(watch: Watch, child: Child) -> None:
             child.report = item
             if not (item.whole and item.session):  # told ahead
                 _tell_peer(watch, child, PeerEnded(item.outcome.abort_token))
+        case Built():
+            _tell_peer(watch, child, item)
         case Failure():
             child.failure = item
         case Addresses():
