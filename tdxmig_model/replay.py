@@ -27,7 +27,7 @@ from tdxmig_model.model.lifecycle import LIFECYCLE
 from tdxmig_model.model.words import SEPT
 from tdxmig_model.monitor import Monitor
 from tdxmig_model.observation import MAPS, SCALARS, adopt
-from tdxmig_model.rows import IMPORT_OPERATIONS, Call, Pages, Row, rows_of
+from tdxmig_model.rows import CANCEL, IMPORT_OPERATIONS, Call, Pages, Row, rows_of
 from tdxmig_model.trace import Message, Record, expand_ranges, read_trace
 from tdxmig_model.wire.constants import MAX_FORWARD_STREAMS, PAGE_SIZE
 
@@ -80,6 +80,13 @@ _TAKES_A_BUNDLE: Final = (
     "import_state_vp",
 )
 _TAKES_PAGES: Final = ("export_blockw", "export_unblockw", "export_restore", "export_mem")
+_PARAMETERS: Final = {
+    "export_mem": ("stream", "operation"),
+    "export_state_vp": ("stream", "vcpu"),
+    "import_mem": ("stream",),
+    "import_state_vp": ("vcpu",),
+    "vp_enter": ("vcpu",),
+}
 _PENDING: Final = np.array([name.startswith("PENDING") for name in SEPT.members])
 
 LARGEST_TD: Final = 1 << 24
@@ -130,7 +137,7 @@ class Replay:
         )
         self.both = len(attached) == 2
         self.steps = 0
-        self._pages = pages
+        self._pages, self._vcpus = pages, vcpus
         self._positions: dict[tuple[int, int], int] = {}
         self._bundles: dict[tuple[int, int], tuple[Message, Entries | None]] = {}
         for side, record in attached.items():
@@ -231,6 +238,15 @@ class Replay:
         entries = {k: self._list(params[k]) for k in IMPORT_OPERATIONS if k in params}
         if record.step in _TAKES_PAGES and "gpas" not in params:
             raise _NotARun(f"{record.step} has a GPA list, and the record has none")
+        for name in _PARAMETERS.get(record.step, ()):
+            if name not in params:
+                raise _NotARun(f"{record.step} has a {name}, and the record has none")
+        vcpu = _number("parameter vcpu", params.get("vcpu", 0))
+        if vcpu >= self._vcpus:
+            raise _NotARun(f"vCPU {vcpu} of a TD with {self._vcpus} vCPUs")
+        operation = _number("parameter operation", params.get("operation", 1))
+        if operation not in (1, CANCEL):
+            raise _NotARun(f"no call has operation {operation}: it is 1 (migrate) or 2 (cancel)")
         pages = self._list(params["gpas"]) if "gpas" in params else None
         listed = sum(map(len, entries.values())) if pages is None else len(pages)
         if message is not None and message.kind == "MEM" and message.n < listed:
@@ -241,8 +257,8 @@ class Replay:
             record.side,
             record.step,
             stream=_number("parameter stream", stream),
-            vcpu=_number("parameter vcpu", params.get("vcpu", 0)),
-            operation=_number("parameter operation", params.get("operation", 1)),
+            vcpu=vcpu,
+            operation=operation,
             pages=pages,
             entries=entries or None,
             message=position,

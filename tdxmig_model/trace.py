@@ -316,7 +316,7 @@ def _parse_line(line: bytes, place: _Place) -> Record:
     if not line.endswith(b"\n"):
         raise place.error("line", shown, "a line end", "the last record is cut")
     try:
-        data = json.loads(line)
+        data = json.loads(line, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         raise place.error("line", shown, "one JSON object", "not JSON") from error
     if not isinstance(data, dict):
@@ -353,6 +353,14 @@ def _parse_line(line: bytes, place: _Place) -> Record:
         status=data.get("status"),
         status_name=data.get("status_name"),
     )
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; ValueError if a name is there twice, since readers differ in which counts."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
 
 
 def _require(

@@ -223,7 +223,7 @@ def test_a_signal_while_traces_are_judged_ends_the_judging_alone(
         time.sleep(20)
         raise AssertionError("the judging went on")
 
-    monkeypatch.setattr("tdxmig_model.replay.judge", judge)
+    monkeypatch.setattr("tdxmig_model.replay.judge_records", judge)
     result = run()
     assert (result.interrupted, result.ok, result.ending) == (True, False, "migrated")
     assert result.sentence.startswith("The destination runs the TD")

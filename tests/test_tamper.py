@@ -116,6 +116,21 @@ def test_no_successful_call_hides_its_state_its_status_or_its_bundle(run: Traces
                 assert "bundle" in refused(run, side, i, replace(record, message=None))
 
 
+def test_no_call_hides_a_parameter(run: Traces) -> None:
+    for side, step, name in (
+        (0, "export_mem", "stream"),
+        (0, "export_mem", "operation"),
+        (0, "export_state_vp", "vcpu"),
+        (0, "vp_enter", "vcpu"),
+        (1, "import_mem", "stream"),
+        (1, "import_state_vp", "vcpu"),
+    ):
+        i = at(run[side], step)
+        fewer = {key: value for key, value in run[side][i].params.items() if key != name}
+        assert f"has a {name}" in refused(run, side, i, replace(run[side][i], params=fewer))
+        assert refused(run, side, i, with_params(run[side][i], **{name: 99}))
+
+
 def test_the_abort_token_is_checked(aborted: Traces) -> None:
     i = at(aborted[1], "import_abort")
     message = aborted[1][i].message
@@ -222,8 +237,9 @@ def line(**change: object) -> str:
         line().replace("1.0", "1" + "0" * 400),
         "\0" * 10,
         '"' + "x" * (17 << 20) + '"',
+        line()[:-1] + ', "side": "destination"}',
     ],
-    ids=["deep", "nan", "long", "large", "zeros", "line"],
+    ids=["deep", "nan", "long", "large", "zeros", "line", "twice"],
 )
 def test_a_hostile_line_is_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "hostile"
