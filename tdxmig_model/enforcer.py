@@ -1,12 +1,10 @@
 """The enforcer: every command passes the model before it is issued and is compared afterwards.
 
 Before: the command's rows are taken in the model.  If one of them does not hold, the model is put
-back, the
-backend is never asked, and `Refused` says what is missing.  After: what the backend lets one see
-must equal
-what the model computed; a difference is a `ModelMismatch` that shows both.  A command that the
-backend
-refuses is taken back in the model; what a failing import does to the TD is a row of its own.
+back, the backend is never asked, and `Refused` says what is missing.  After: what the backend lets
+one see must equal what the model computed; a difference is a `ModelMismatch` that shows both.  A
+command that the backend refuses is taken back in the model; what a failing import does to the TD is
+a row of its own.
 """
 
 from __future__ import annotations
@@ -137,7 +135,7 @@ class Enforcer:
         return self.monitor.shown()
 
     def legal(self) -> list[str]:
-        """The steps of this side that could be legal now."""
+        """The steps of this side that are legal now, with some parameters at least."""
         return self.monitor.legal()
 
     # --- before ----------------------------------------------------------------------------------

@@ -98,6 +98,19 @@ class BackendError(TdxmigError):
         )
 
 
+class ModuleHalted(TdxmigError):
+    """A software module found its own state impossible, where hardware shuts the module down."""
+
+    def __init__(self, leaf: str, op_state: str, finding: str) -> None:
+        self.leaf = leaf
+        self.op_state = op_state
+        self.finding = finding
+        super().__init__(
+            f"{leaf} in {op_state} halts the TDX module: {finding}; no call leads there, so report "
+            "the calls that did"
+        )
+
+
 class ModelMismatch(TdxmigError):
     """After a step the backend is not in the state that the model computed."""
 

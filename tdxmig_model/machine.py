@@ -1,12 +1,9 @@
 """The lifecycle of one side as a `transitions.Machine` (the only file that imports that library).
 
 The machine is a view of the model's rows: its states are the phases, its transitions the projection
-of the
-events, its conditions the compiled guards.  Three things are made strict.  A guard that does not
-hold raises
-`Refused` and is never a silent False.  An event without a row is refused.  The phase moves only
-after the
-work of the event has been done: if that raises, nothing moved.
+of the events, its conditions the compiled guards.  Three things are made strict.  A guard that does
+not hold raises `Refused` and is never a silent False.  An event without a row is refused.  The
+phase moves only after the work of the event has been done: if that raises, nothing moved.
 """
 
 from __future__ import annotations
@@ -128,7 +125,7 @@ class LifecycleMachine:
         return Refused(event, self.monitor.shown(), [Unmet(label, needed, {})], self.legal())
 
     def legal(self) -> list[str]:
-        """The events that could be fired now, by name."""
+        """The events that can be fired now, with some parameters at least, by name."""
         return [event_name(self.side, step) for step in self.monitor.legal()]
 
     def assume(self, **network: Value) -> None:

@@ -1,14 +1,15 @@
 """A system at run time: it accepts a step or refuses it and says why.
 
 A refusal changes nothing, names every conjunct that does not hold with the values it read, and
-lists what
-would be legal instead.
+lists what would be legal instead.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from heapq import nlargest
+from itertools import product
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,26 +19,30 @@ from tdxmig_model.errors import ModelError, Refused, Unmet
 from tdxmig_model.expr import (
     BoolType,
     EnumType,
+    IndexType,
     Instance,
     Interpreter,
     MapVariable,
     Parameter,
     Step,
     System,
+    Type,
     Value,
     initial_state,
     show,
     subterms,
 )
 
+TRIED: Final = 64
+"""Values of one parameter that are tried one by one to find out whether a step is legal."""
+
 
 class Monitor:
     """The state of one system in one instance, moved only by its steps.
 
     `headline` names the variables that every refusal shows.  Maps over a page index become NumPy
-    arrays, so
-    that a bundle's entries are one compiled step.  Ghosts are followed only where properties are to
-    be evaluated on the state.
+    arrays, so that a bundle's entries are one compiled step.  Ghosts are followed only where
+    properties are to be evaluated on the state.
     """
 
     def __init__(
@@ -189,15 +194,52 @@ class Monitor:
         return Refused(step.name, {**self.shown(), **params}, unmet, self.legal(), step.why)
 
     def legal(self) -> list[str]:
-        """Steps whose conjuncts that need no parameter all hold, in the order of the rows."""
+        """Steps that can be taken now, with some parameters at least, in the order of the rows.
+
+        Every step listed is legal.  Of a log that grows only the newest entries are tried, so one
+        that is legal with an older entry alone is not listed.
+        """
         return [s.name for s in self._rows() if self._open(s)]
 
     def _rows(self) -> Iterable[Step]:
         return self.system.of_actor(self.actor) if self.actor else self.system.steps
 
     def _open(self, step: Step) -> bool:
-        return all(
-            any(isinstance(n, Parameter) for n in subterms(need.formula))
-            or bool(self._interpreter.value(need.formula, self.state, {}))
-            for need in step.when
-        )
+        for need in step.when:
+            if any(isinstance(n, Parameter) for n in subterms(need.formula)):
+                continue
+            if not self._interpreter.value(need.formula, self.state, {}):
+                return False
+        many = self._bulk_parameter(step)
+        others = [p for p in step.params if p.name != many]
+        for values in product(*(self._candidates(p.kind) for p in others)):
+            chosen = dict(zip((p.name for p in others), values, strict=True))
+            if many is None:
+                guard = self._compiled.guard(step.name)
+                if guard(self.state, *self._arguments(step, chosen)):
+                    return True
+            else:
+                kind = next(p.kind for p in step.params if p.name == many)
+                indices = np.array(self._candidates(kind), dtype=np.int64)
+                bulk = self._compiled.bulk(step.name, many)
+                if bulk.guard_mask(self.state, indices, **chosen).any():
+                    return True
+        return False
+
+    def _bulk_parameter(self, step: Step) -> str | None:
+        """The parameter whose values, as many as there are pages, are tried at once."""
+        for wanted in step.params:
+            large = len(self._candidates(wanted.kind)) > TRIED
+            if large and self._compiled.bulk_refusal(step.name, wanted.name) is None:
+                return wanted.name
+        return None
+
+    def _candidates(self, kind: Type) -> Sequence[int]:
+        """The values of a parameter that are tried: all of them, or the newest of a log."""
+        if not isinstance(kind, IndexType) or self.instance.sizes.get(kind.name) is not None:
+            return self.instance.domain(kind)
+        written: set[int] = set()
+        for slot, variable in enumerate(self.system.variables):
+            if isinstance(variable, MapVariable) and variable.indexes == (kind,):
+                written.update(self.state[slot])
+        return nlargest(TRIED, written)

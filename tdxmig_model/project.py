@@ -1,8 +1,7 @@
 """The projection of a system onto one enum variable: which step leads from which member to which.
 
 The `transitions` machines and the diagrams are both made from it, so neither can show an edge that
-the
-other does not have.
+the other does not have.
 """
 
 from __future__ import annotations

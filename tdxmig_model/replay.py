@@ -1,11 +1,9 @@
 """Traces against the model: is what was recorded a run of it, on one side or on both together?
 
 The traces of both sides are merged into one run.  A destination can only import what the source has
-made:
-bundles are matched by (stream, IV), lifecycle records by their order.  Otherwise the clocks decide,
-and a step
-that cannot be taken yet waits for the other side.  If neither side can go on, the trace is not a
-run.
+made: bundles are matched by (stream, IV), lifecycle records by their order.  Otherwise the clocks
+decide, and a step that cannot be taken yet waits for the other side.  If neither side can go on,
+the trace is not a run.
 """
 
 from __future__ import annotations

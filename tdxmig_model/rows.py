@@ -1,10 +1,9 @@
 """Which rows of the leaf model one call of a leaf is, in order.
 
 A call that works through a GPA list is several rows: its begin, one bulk row for each kind of
-entry, its end.
-The enforcer asks before a call is made, the replay of a trace afterwards; both take the rows one by
-one,
-since what a later row is may depend on the state that an earlier one left.
+entry, its end.  The enforcer asks before a call is made, the replay of a trace afterwards; both
+take the rows one by one, since what a later row is may depend on the state that an earlier one
+left.
 """
 
 from __future__ import annotations

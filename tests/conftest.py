@@ -1,10 +1,17 @@
 """Over the whole run: no software TDX module encrypts twice with one (key, IV) pair."""
 
 import pytest
-from iv_record import RECORD
+from iv_record import CHILDREN, RECORD
 
-pytest.register_assert_rewrite("error_rows", "soft_pair", "soft_calls")
+pytest.register_assert_rewrite("error_rows", "soft_pair", "soft_calls", "soft_migration")
 RECORD.install()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes_report(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        CHILDREN.watch(tmp_path_factory.mktemp("iv_reports"), monkeypatch)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -13,6 +20,7 @@ def no_iv_is_used_twice():
     yield
     repeated = RECORD.take_repeated()
     assert not repeated, f"{len(repeated)} (key, IV) pairs encrypted more than once"
+    CHILDREN.judge()
 
 
 def pytest_terminal_summary(terminalreporter):

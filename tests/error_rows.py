@@ -5,18 +5,26 @@ that a list entry gets.  A case says only how to provoke the row and what sectio
 """
 
 import csv
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from soft_scene import Scene, Spoil
 
-from tdxmig_model.backend.soft.op_state import OpState
+from tdxmig_model.backend.soft.op_state import Leaf, OpState
+from tdxmig_model.backend.soft.schedulers import LIST_LEAVES
 
 SPECS = Path(__file__).resolve().parent.parent / "specs"
 FATAL_BIT = 1 << 61
 NOTHING = frozenset()
+REGISTERS = ("rcx", "rdx", "r8", "r9", "r10", "r11", "r12", "r13")
+LEFT_OVER = 0xA5A5_0000
+"""What is in a register that the leaf does not read."""
+
+
+def no_outputs(_scene):
+    return {}
 
 
 def table(name):
@@ -45,7 +53,8 @@ class Case(NamedTuple):
 
     `scene` makes the legal call and `spoil` breaks it.  `changed` are the names of everything in
     the module that differs afterwards, FAILED_IMPORT of a fatal row aside, and `written` the VMM's
-    buffers.  `apart` are rows with which this one cannot be provoked together.
+    buffers.  `apart` are rows with which this one cannot be provoked together.  `outputs` are
+    registers with another value than the leaf leaves in them whenever it fails.
     """
 
     row: str
@@ -55,6 +64,7 @@ class Case(NamedTuple):
     written: Iterable[str] = NOTHING
     label: str = ""
     apart: Iterable[str] = NOTHING
+    outputs: Callable[[Scene], Mapping[str, int]] = no_outputs
 
     @property
     def id(self):
@@ -69,6 +79,7 @@ def run(case):
     """Provoke the case; the scene and the outcome, whose status is right."""
     scene = case.scene()
     case.spoil.apply(scene)
+    scene.registers = dict.fromkeys(REGISTERS, LEFT_OVER) | scene.registers
     outcome = scene.attempt()
     assert hex(outcome.status) == hex(case.code)
     if ROWS[case.row]["fatal"] == "1":
@@ -86,12 +97,46 @@ def run_both(case, later):
 
 
 def judge(case):
-    """The whole judgement of one case: status, and exactly what changed."""
+    """The whole judgement of one case: status, registers, and exactly what changed."""
     scene, outcome = run(case)
     fatal = {"tdcs.op_state"} if ROWS[case.row]["fatal"] == "1" else set()
     assert_same(outcome.changed, set(case.changed) | fatal)
     assert outcome.written == set(case.written)
+    left = {name: getattr(outcome.registers, name) for name in REGISTERS}
+    assert comparable(case, scene, left) == comparable(case, scene, expected_outputs(case, scene))
     return scene, outcome
+
+
+RDX_ZERO = {Leaf.EXPORT_STATE_IMMUTABLE, Leaf.EXPORT_STATE_TD, Leaf.EXPORT_STATE_VP}
+"""RDX is the number of pages: 0 on error, those done if interrupted, here after the first."""
+BOTH_ZERO = {
+    Leaf.EXPORT_UNBLOCKW,
+    Leaf.IMPORT_STATE_IMMUTABLE,
+    Leaf.IMPORT_STATE_TD,
+    Leaf.IMPORT_STATE_VP,
+}
+"""RCX and RDX are 0 or details on error, and kept if interrupted."""
+
+
+def expected_outputs(case, scene):
+    """The registers of a call that ends with the row of this case."""
+    interrupted = ROWS[case.row]["status"] == "TDX_INTERRUPTED_RESUMABLE"
+    expected = dict(scene.registers)
+    if scene.leaf in RDX_ZERO:
+        expected["rdx"] = int(interrupted)
+    if scene.leaf in BOTH_ZERO and not interrupted:
+        expected.update(rcx=0, rdx=0)
+    return expected | case.outputs(scene)
+
+
+def comparable(case, scene, registers):
+    """Without what tests of list entries judge: the entry in RCX, and RDX of a complete bundle."""
+    found = dict(registers)
+    if scene.leaf in LIST_LEAVES and case.row.partition("-")[2].startswith("e"):
+        found["rcx"] &= ~(511 << 3)
+        if ROWS[case.row]["status"] == "TDX_SUCCESS":
+            del found["rdx"]
+    return found
 
 
 def assert_same(names, expected):

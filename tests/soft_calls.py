@@ -6,9 +6,10 @@ import numpy as np
 from soft_pair import MIGRATE
 
 from tdxmig_model.backend.soft.call import Registers
+from tdxmig_model.backend.soft.memory import PageType
 from tdxmig_model.backend.soft.op_state import Leaf
 from tdxmig_model.backend.soft.schedulers import LeafCall
-from tdxmig_model.backend.soft.sept import LOCK_BIT
+from tdxmig_model.backend.soft.sept import HPA_MASK, LOCK_BIT
 from tdxmig_model.wire.gpa_list import build_entries, entries_from_bytes, entry_statuses
 from tdxmig_model.wire.mbmd import Mbmd
 from tdxmig_model.wire.records import Bundle
@@ -97,6 +98,16 @@ def assert_nothing_is_locked(module):
         locks = [tdcs.op_state_lock, tdcs.mig_lock, tdcs.sept_lock, tdcs.epoch_lock]
         assert all(lock.free for lock in (*locks, *(link.lock for link in tdcs.links)))
         assert not (tdcs.sept.mapped()[1] & np.uint64(LOCK_BIT)).any()
+
+
+def assert_pages_owned(backend):
+    """Each leaf entry has a page of its own that the PAMT gives to this TD."""
+    memory, tdcs = backend.host.memory, backend.host.module.tdrs[backend.td.tdr].tdcs
+    pages = [int(entry) & HPA_MASK for entry in tdcs.sept.mapped()[1]]
+    assert len(set(pages)) == len(pages)
+    for hpa in pages:
+        assert memory.page_type[hpa >> 12] == PageType.REG
+        assert memory.owner[hpa >> 12] == backend.td.tdr
 
 
 def switches(history):

@@ -146,6 +146,13 @@ class Pair:
         bundle = self.on_source(c.ExportTrack(True)).bundle
         self.on_destination(c.ImportTrack(bundle))
 
+    def finish_in_pause(self):
+        """All memory and all state in one pause, up to the start token."""
+        self.pause()
+        self.move(self.gpas)
+        self.states()
+        self.start_token()
+
     def abort_with_token(self):
         token = self.on_destination(c.ImportAbort()).bundle.mbmd.pack()
         self.on_source(c.ExportAbort(token))

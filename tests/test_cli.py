@@ -20,7 +20,8 @@ import pytest
 import tdxmig_model
 from tdxmig_model import __main__ as entry
 from tdxmig_model import cli, errors
-from tdxmig_model.cli import output
+from tdxmig_model.cli import catalogue, output
+from tdxmig_model.supervisor import SIDES, lifecycle_events
 
 CLI_FOLDER = Path(cli.__file__).parent
 
@@ -191,6 +192,7 @@ FAILURES: dict[type[errors.TdxmigError], tuple[errors.TdxmigError, int]] = {
         1,
     ),
     errors.BackendError: (errors.BackendError("export_mem", 0x8000020000000000, "BUSY"), 1),
+    errors.ModuleHalted: (errors.ModuleHalted("EXPORT.RESTORE", "RUNNABLE", "MIG_COUNT is 0"), 1),
     errors.ModelMismatch: (errors.ModelMismatch("export_track", {"mig_epoch": (2, 1)}), 1),
 }
 
@@ -363,6 +365,20 @@ def test_the_help_names_every_exit_code() -> None:
     told = tdxmig("--help").stdout
     for code in (cli.HOLDS, cli.NEGATIVE, cli.UNUSABLE, cli.INTERRUPTED, cli.PIPE_CLOSED):
         assert re.search(rf"\b{code}\b", told)
+
+
+def test_the_help_of_run_lists_every_event_and_what_is_not_there_yet() -> None:
+    told = " ".join(tdxmig("run", "--help").stdout.split())
+    for side in SIDES:
+        assert f"{side} {', '.join(lifecycle_events(side))}" in told
+    assert told.count("not available yet") == 2
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_show_finds_events_by_the_names_that_run_takes(side: str) -> None:
+    for event in lifecycle_events(side):
+        found = catalogue.find(f"{side}:{event}")
+        assert {item["actor"] for item in found} == {side}
 
 
 def test_progress_is_silent_where_stderr_is_no_terminal(

@@ -340,7 +340,7 @@ def test_every_renderer_draws_every_word(
         shown = view(system, actor, variable)
         name = variable if system is LEAF else f"lifecycle_{actor}"
         svg = (tmp_path / f"{name}.svg").read_text()
-        drawn = "\n".join(e.text or "" for e in ElementTree.fromstring(svg).iter(SVG_TEXT))
+        drawn = "\n".join("".join(e.itertext()) for e in ElementTree.fromstring(svg).iter(SVG_TEXT))
         loops = (loop for found in shown.loops.values() for loop in found)
         rows: list[Loop | Move] = [*shown.moves, *loops]
         for word in (*shown.states, *(row.leaf for row in rows), *(row.variant for row in rows)):
@@ -397,3 +397,37 @@ def test_without_a_renderer_only_dot_is_written(
     monkeypatch.setattr(draw, "renderers", list)
     written = draw.write_all(tmp_path)
     assert [path.name for path in written] == [f"{name}.dot" for name in NAMES]
+
+
+def test_the_legend_says_what_every_kind_of_mark_means():
+    texts = draw.dot_texts()
+    for name, text in texts.items():
+        legend = text[text.index("legend [") :]
+        assert ("START_EPOCH" in legend) is ("START_EPOCH" in text.replace(legend, "")), name
+        assert "under a step: what it needs" in legend
+        for colour, line in (("blue", draw.RECORD_LINE), ("orange", draw.RETURN_LINE)):
+            assert (f"{colour} dashed arrow" in legend) is (f'color="{line}"' in text), name
+
+
+def test_no_text_of_an_svg_begins_with_a_space_that_would_collapse():
+    for path in sorted(DIAGRAMS.glob("*.svg")):
+        texts = re.findall(r"<t(?:ext|span)[^>]*>([^<]+)<", path.read_text())
+        assert [t for t in texts if t.strip(" ") and t.startswith(" ")] == [], path.name
+
+
+def test_another_font_does_not_shift_what_is_centred():
+    svg = ElementTree.parse(DIAGRAMS / "source_op_state.svg").getroot()
+    name = "{http://www.w3.org/2000/svg}"
+    moves = 0
+    for node in svg.iter(f"{name}g"):
+        title = node.find(f"{name}title")
+        if node.get("class") != "node" or title is None or " move " not in (title.text or ""):
+            continue
+        moves += 1
+        outline = next(node.iter(f"{name}path")).get("d", "")
+        across = [float(x) for x in re.findall(r"(-?[\d.]+),", outline)]
+        for text in node.iter(f"{name}text"):
+            assert text.get("text-anchor") == "middle"
+            middle = (min(across) + max(across)) / 2
+            assert float(text.get("x", "nan")) == pytest.approx(middle, abs=0.1)
+    assert moves >= 5

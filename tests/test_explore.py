@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -497,3 +498,37 @@ def test_limits_are_said_and_options_are_checked(capsys: pytest.CaptureFixture[s
     assert "has no integer variable phase" in capsys.readouterr().err
     assert cli.main(["explore", "--ceiling", "many"]) == 2
     assert "many is neither N nor NAME=N" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("vcpus", [1, 2, 3])
+def test_the_defaults_let_a_migration_of_any_size_complete(
+    vcpus: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["explore", "--json", "--vcpus", str(vcpus)]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert "migrated" in {goal["goal"] for goal in answer["reached"]}
+    assert answer["warnings"] == []
+
+
+@pytest.mark.parametrize("option", [["--messages", "4"], ["--ceiling", "3"]])
+def test_sizes_in_which_no_migration_completes_are_warned_of(
+    option: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    sizes = ["--vcpus", "2", *option]
+    assert cli.main(["explore", *sizes]) == 0
+    told = capsys.readouterr().out
+    assert f"warning: {option[0]}" in told
+    assert "warning: no migration completes" in told
+    assert cli.main(["export", "promela", *sizes, "--out", str(tmp_path)]) == 0
+    assert f"warning: {option[0]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [(["--vcpus", "99999"], "99999"), (["--limit", "100000000000"], "--limit")],
+)
+def test_what_would_fill_the_memory_is_wrong_usage(
+    options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["explore", *options]) == 2
+    assert says in capsys.readouterr().err

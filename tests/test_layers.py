@@ -23,7 +23,7 @@ PACKAGE = "tdxmig_model"
 SOURCE = REPOSITORY / PACKAGE
 
 RANKS = {
-    0: ("errors", "names"),
+    0: ("errors", "names", "pool"),
     1: ("expr",),
     2: ("model", "wire"),
     3: ("compile", "project", "smt", "export", "trace", "svg"),
@@ -50,6 +50,7 @@ RANK = {component: rank for rank, components in RANKS.items() for component in c
 # to it that following them never leads back.
 SIDEWAYS = {
     ("names", "errors"),
+    ("pool", "errors"),
     ("machine", "monitor"),
     ("observation", "monitor"),
     ("rows", "monitor"),

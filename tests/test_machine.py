@@ -227,7 +227,7 @@ def test_every_event_is_refused_or_leads_where_its_row_says(side: str) -> None:
             else:
                 assert made.phase == phase
                 assert len(recorder.asked) == asked
-                assert not legal or params, "legal() ignores only what depends on parameters"
+                assert not legal or params, "it is legal for another value of a parameter at most"
 
 
 def _fired(made: LifecycleMachine, event: str, params: Mapping[str, int]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import product
 
 import numpy as np
 import pytest
@@ -149,3 +150,41 @@ def test_the_profiles_differ_in_when_a_bundle_counts() -> None:
         monitor.take("export_mem_begin", stream=0)
         totals[profile] = int(monitor["source_total_mb_count"])
     assert totals == {"hardened": 2, "tdx-1.5.01": 1}
+
+
+def legal_by_trying(monitor: Monitor) -> list[str]:
+    """The rows that the monitor takes with some parameters, every one of them tried."""
+    found = []
+    for row in monitor.system.of_actor("source"):
+        names = [p.name for p in row.params]
+        domains = [range(monitor.instance.bounded(p.kind)) for p in row.params]
+        for values in product(*domains):
+            try:
+                monitor.check(row.name, **dict(zip(names, values, strict=True)))
+            except Refused:
+                continue
+            found.append(row.name)
+            break
+    return found
+
+
+@pytest.mark.parametrize("pages", [3, 100])
+def test_what_is_called_legal_is_legal_with_some_parameters(pages: int) -> None:
+    system = LEAF.under("hardened")
+    sizes = {"Page": pages, "Vcpu": 2, "Stream": 2, "Epoch": 5, "Message": 12}
+    monitor = Monitor(system, Instance.small(system, sizes), actor="source")
+    monitor["source_num_migs"] = 2
+    monitor["source_mig_dec_key_set"] = True
+    for name in (None, "export_state_immutable", "export_pause", "export_state_td"):
+        if name is not None:
+            params = {p.name: 0 for p in system.step(name).params}
+            monitor.take(name, **params)
+        assert monitor.legal() == legal_by_trying(monitor)
+
+
+def test_a_step_that_every_parameter_refuses_is_not_called_legal() -> None:
+    monitor = source_monitor()
+    monitor.take("export_state_immutable")
+    # No page was exported yet, so none can be restored or cancelled, whichever it is.
+    assert "export_restore" not in monitor.legal()
+    assert [name for name in monitor.legal() if "cancel" in name] == []

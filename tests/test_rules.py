@@ -13,7 +13,19 @@ import pytest
 from tdxmig_model.backend.soft.module import PROFILES as MODULE_PROFILES
 from tdxmig_model.expr import Instance, Interpreter, Property, System, initial_state
 from tdxmig_model.model.systems import SYSTEMS
-from tdxmig_model.model.words import HARDENED, PROFILES, TDX_1_5_01, repaired, unrepaired
+from tdxmig_model.model.words import (
+    HARDENED,
+    PROFILES,
+    PUBLIC_REPAIRS,
+    TDX_1_5_01,
+    repaired,
+    unrepaired,
+    with_only,
+)
+from tdxmig_model.model.words import (
+    REPAIRS as NAMES,
+)
+from tdxmig_model.verify import widths
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOFT = REPOSITORY / "tdxmig_model" / "backend" / "soft"
@@ -27,6 +39,11 @@ CLAIMED: dict[str, tuple[System, Property]] = {
     for claimed in system.properties
     if claimed.level != "lemma"
 }
+SENTENCES = {
+    **{identifier: claimed.sentence for identifier, (_, claimed) in CLAIMED.items()},
+    **widths.SENTENCES,
+}
+"""Of everything that is stated: by a model, or by lemmas about machine widths."""
 
 
 # --- rules ---------------------------------------------------------------------------------------
@@ -103,6 +120,16 @@ def test_repairs_are_numbered_from_1() -> None:
     assert [repair["id"] for repair in REPAIRS] == [f"R{n + 1}" for n in range(len(REPAIRS))]
 
 
+def test_the_model_knows_which_repairs_are_public() -> None:
+    assert {repair["id"] for repair in REPAIRS if repair["references"]} == PUBLIC_REPAIRS
+
+
+def test_each_repair_has_a_profile_of_its_own() -> None:
+    for name in NAMES:
+        having = [r for r in NAMES if with_only(name) in repaired(r)]
+        assert having == [name]
+
+
 def test_the_profiles_differ_in_the_listed_places_and_nowhere_else() -> None:
     for repair in REPAIRS:
         conjuncts, updates, rows = only_in(*repaired(repair["id"]))
@@ -120,7 +147,9 @@ def test_whatever_depends_on_the_profile_is_a_repair() -> None:
     ids = [repair["id"] for repair in REPAIRS]
     known = {frozenset(f(i)) for i in ids for f in (repaired, unrepaired)} | {None}
     for system in SYSTEMS:
-        assert all(claimed.profiles is None for claimed in system.properties)
+        for claimed in system.properties:
+            # A lemma may rest on a repair; what is claimed stands in every profile.
+            assert claimed.profiles in (known if claimed.level == "lemma" else {None})
         for step in system.steps:
             assert {step.profiles, *(n.profiles for n in step.when)} <= known
             assert {a.profiles for a in step.then} <= known
@@ -131,10 +160,10 @@ def test_a_repair_restores_properties_and_says_which_the_model_states() -> None:
         assert repair["what"].endswith(".")
         assert repair["restores"]
         for restored in repair["restores"]:
-            stated = restored["id"] in CLAIMED
+            stated = restored["id"] in SENTENCES
             assert restored["stated"] == stated, f"{repair['id']} restores {restored['id']}"
             if stated:
-                assert restored["sentence"] == CLAIMED[restored["id"]][1].sentence
+                assert restored["sentence"] == SENTENCES[restored["id"]]
 
 
 def functions(body: list[ast.stmt], prefix: str) -> Iterator[tuple[str, ast.FunctionDef]]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import pytest
+from iv_record import CHILDREN
 
 from tdxmig_model import replay
 from tdxmig_model.cli import main
@@ -103,6 +104,29 @@ def test_run_over_tcp_with_a_summary(capsys: pytest.CaptureFixture[str]) -> None
     assert printed.err == ""
     assert "memory equal" in printed.out
     assert "The destination runs the TD" in printed.out
+
+
+def test_both_processes_are_watched_for_repeated_ivs() -> None:
+    """What they report is what they encrypted; the observer of the test run judges it as well."""
+    result = run()
+    began, reports = CHILDREN.take()
+    assert (began, len(reports)) == (2, 2)
+    # The destination encrypts nothing; the source each page and vCPU, and an MBMD per bundle.
+    few, many = sorted(reports, key=len)
+    assert few == []
+    assert len(set(many)) == len(many) >= result.pages_sent + result.bundles
+
+
+def test_a_use_by_both_processes_is_seen_and_so_is_a_missing_report() -> None:
+    for name, text in (("1.began", ""), ("2.began", ""), ("1.pairs", "a\nb\n")):
+        (CHILDREN.directory / name).write_text(text)
+    with pytest.raises(AssertionError, match="2 processes began, 1 reported"):
+        CHILDREN.judge()
+    for name, text in (("1.pairs", "a\nb\n"), ("2.pairs", "b\n")):
+        (CHILDREN.directory / name.replace("pairs", "began")).touch()
+        (CHILDREN.directory / name).write_text(text)
+    with pytest.raises(AssertionError, match="more than once"):
+        CHILDREN.judge()
 
 
 # --- stops ---------------------------------------------------------------------------------------
@@ -271,13 +295,12 @@ def test_the_deadline_grows_with_memory_or_is_given() -> None:
     assert RunOptions(memory=4 << 30, deadline=7.0).seconds == 7.0
 
 
-def test_a_run_that_takes_longer_than_its_deadline_is_stopped(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    assert main(["run", "--memory", "32MiB", "--deadline", "0.8", "--json"]) == 1
-    result = json.loads(capsys.readouterr().out)
-    assert result["source_runnable"]
-    assert "longer than 0.8 s" in result["cause"]
+def test_a_run_that_takes_longer_than_its_deadline_is_stopped() -> None:
+    # Patient, so that sides that are slow to begin are asked to stop and not killed.
+    result = run_migration(RunOptions(memory=MEMORY, deadline=0.2, peer_timeout=30.0))
+    assert not result.ok
+    assert (result.source_runnable, result.destination_runnable) == (True, False)
+    assert "longer than 0.2 s" in result.cause
 
 
 @pytest.mark.parametrize("arguments", ["run --memory 4MiB", "run --memory 4MiB --json"])
@@ -305,6 +328,7 @@ def test_a_reader_that_left_is_exit_141(arguments: str) -> None:
 def test_a_killed_side(
     event: str, ending: str, states: tuple[str | None, str | None], says: str
 ) -> None:
+    CHILDREN.lost = 1
     began = time.monotonic()
     result = run(injected=Injected(kill=At.parse(event)))
     assert time.monotonic() - began < 8
@@ -316,6 +340,7 @@ def test_a_killed_side(
 
 
 def test_a_side_that_hangs_is_given_up_and_killed() -> None:
+    CHILDREN.lost = 1
     result = run(injected=Injected(hang=At.parse("source:pause")))
     assert (result.source_state, result.destination_state) == (None, "FAILED_IMPORT")
     assert "hung" in result.cause

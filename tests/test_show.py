@@ -15,7 +15,6 @@ from tdxmig_model.compile import Compiled
 from tdxmig_model.errors import UsageError
 from tdxmig_model.expr import Instance
 from tdxmig_model.model.leaf import LEAF
-from tdxmig_model.model.lifecycle import LIFECYCLE
 from tdxmig_model.model.words import HARDENED, PROFILES, TDX_1_5_01
 
 SPECS = Path(__file__).resolve().parent.parent / "specs"
@@ -44,10 +43,8 @@ def test_every_listed_name_is_found() -> None:
 
 
 _KINDS = {
-    "leaf properties": ("property",),
-    "lifecycle properties": ("property",),
-    "leaf lemmas": ("property",),
-    "lifecycle lemmas": ("property",),
+    **{f"{s.name} {w}": ("property",) for s in SYSTEMS for w in ("properties", "lemmas")},
+    "widths properties": ("property",),
     "OP_STATEs": ("state",),
     "source phases": ("state",),
     "destination phases": ("state",),
@@ -266,9 +263,9 @@ def test_a_profile_shows_what_only_it_has(profile: str, capsys: pytest.CaptureFi
     (item,) = found(capsys, profile)
     expected = [
         (part, step.name)
-        for system in (LEAF, LIFECYCLE)
+        for system in SYSTEMS
         for step in system.steps
-        for part, things in (("conjunct", step.when), ("update", step.then))
+        for part, things in (("row", (step,)), ("conjunct", step.when), ("update", step.then))
         for thing in things
         if thing.profiles is not None and thing.profiles & set(PROFILES) == {profile}
     ]

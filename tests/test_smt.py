@@ -13,6 +13,7 @@ from toy_handover import (
     CLEAN,
     COUNTED,
     DONE,
+    NEVER,
     NONE_TAKEN,
     PAUSED,
     RUNNING,
@@ -391,17 +392,8 @@ def test_splitting_a_property_keeps_its_meaning():
 
 
 def test_a_step_that_the_invariant_forbids_is_recognized():
-    never = step(
-        "never",
-        "host",
-        (),
-        when=(need("done", phase.eq(DONE)), need("dirty", dirty_count.gt(0))),
-        then=(dirty_count.to(0),),
-        why="toy",
-        cite="none",
-    )
     clean = claim("clean_count", implies(phase.eq(DONE), dirty_count.eq(0)), "lemma")
-    system = toy(clean, COUNTED, steps=(*STEPS, never))
+    system = toy(clean, COUNTED, steps=(*STEPS, NEVER))
     prover = Prover(system, conjuncts(system))
     fires = {s.name: prover.can_fire(s) for s in system.steps}
     assert [name for name, answer in fires.items() if answer is Answer.UNSAT] == ["never"]

@@ -18,10 +18,7 @@ def test_cold_migration():
     pair.run(0, 50)
     pair.run(1, 50)
     pair.start()
-    pair.pause()
-    pair.move(pair.gpas)
-    pair.states()
-    pair.start_token()
+    pair.finish_in_pause()
     pair.assert_equal()
     pair.on_destination(c.ImportEnd())
     assert pair.state(pair.source) == "POST_EXPORT"
@@ -57,10 +54,7 @@ def test_the_guest_goes_on_where_it_stopped():
     for side in (pair, twin):
         side.run(0, 100)
     pair.start()
-    pair.pause()
-    pair.move(pair.gpas)
-    pair.states()
-    pair.start_token()
+    pair.finish_in_pause()
     pair.on_destination(c.ImportCommit())
     pair.on_destination(c.VpEnter(0, 150))
     twin.run(0, 150)
@@ -137,10 +131,7 @@ def test_abort_before_the_start_token_and_a_second_session():
     pair.exchange_keys()
     pair.start()
     assert pair.source.observe()["export_count"] == 2
-    pair.pause()
-    pair.move(pair.gpas)
-    pair.states()
-    pair.start_token()
+    pair.finish_in_pause()
     pair.assert_equal()
     assert len(set(pair.iv_pairs)) == len(pair.iv_pairs)
 
@@ -148,10 +139,7 @@ def test_abort_before_the_start_token_and_a_second_session():
 def test_abort_after_the_start_token_brings_the_source_back():
     pair = Pair(16)
     pair.start()
-    pair.pause()
-    pair.move(pair.gpas)
-    pair.states()
-    pair.start_token()
+    pair.finish_in_pause()
     pair.abort_with_token()
     assert pair.state(pair.source) == "RUNNABLE"
     assert pair.state(pair.destination) == "FAILED_IMPORT"
@@ -164,10 +152,7 @@ def test_pending_pages_stay_pending_and_are_accepted_once():
     pair = Pair(12, pending_pages=4)
     pending = pair.gpas[8:]
     pair.start()
-    pair.pause()
-    pair.move(pair.gpas)
-    pair.states()
-    pair.start_token()
+    pair.finish_in_pause()
     pair.on_destination(c.ImportCommit())
     pair.assert_equal()
     assert set(pair.destination.page_states(pending)) == {SeptState.PENDING}

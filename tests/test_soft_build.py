@@ -236,7 +236,7 @@ def test_memory_leaves(host):
     again = status(host, Leaf.MEM_RANGE_BLOCK, rcx=0, rdx=tdr)
     assert again & ~0xFFFF_FFFF == Status.TDX_GPA_RANGE_ALREADY_BLOCKED
     early = status(host, Leaf.MEM_RANGE_UNBLOCK, rcx=0, rdx=tdr)
-    assert early == code(Status.TDX_TLB_TRACKING_NOT_DONE, RCX)
+    assert early == code(Status.TDX_TLB_TRACKING_NOT_DONE, Operand.SEPT_TREE)
     blocked = SoftBackend(host, td).execute(c.VpEnter(0, 5)).exit
     assert (blocked.reason, blocked.gpa, blocked.instructions) == ("ept_violation", 0, 0)
     host.require(Leaf.MEM_TRACK, rcx=tdr)

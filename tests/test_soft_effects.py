@@ -6,11 +6,14 @@ Profile "tdx-1.5.01".  Names are those of `soft_state`; "prefix*" stands for one
 import legal_calls as legal
 import pytest
 from error_rows import assert_same
+from soft_calls import assert_nothing_is_locked
 from soft_scene import RESUME, always
+from soft_state import changes, snapshot
 
 from tdxmig_model.backend.soft.op_state import Leaf, OpState
 from tdxmig_model.backend.soft.sept import SeptState
 from tdxmig_model.backend.soft.status import FATAL_BIT, Status
+from tdxmig_model.errors import ModuleHalted
 
 FORWARD_0, FORWARD_1, BACKWARD = "tdcs.links[1]", "tdcs.links[2]", "tdcs.links[0]"
 ALL_PAGES = {f"sept[{gpa:#x}]" for gpa in (0, 0x1000, 0x2000, 0x3000)}
@@ -289,3 +292,21 @@ def test_cancelled_pages_are_mapped_and_writable():
     states = scene.pair.source.page_states(scene.pair.gpas).tolist()
     assert states == [SeptState.MAPPED] * 4
     assert all(scene.memory.words[scene.slot(int(gpa))] & 2 for gpa in scene.pair.gpas)
+
+
+@pytest.mark.parametrize(
+    ("scene", "field", "value", "finding"),
+    [
+        (legal.pause, "refcount", [0, 1], r"PAUSE in LIVE_EXPORT halts the .*REFCOUNT is \[0, 1\]"),
+        (legal.restore, "mig_count", 0, "RESTORE in RUNNABLE halts the .*MIG_COUNT is 0"),
+    ],
+)
+def test_a_state_that_cannot_be_halts_the_module(scene, field, value, finding):
+    """Injected; the published module shuts down here, so no status can say it."""
+    call = scene()
+    setattr(call.tdcs, field, value)
+    before = snapshot(call.module)
+    with pytest.raises(ModuleHalted, match=finding):
+        call.attempt()
+    assert not changes(before, snapshot(call.module))
+    assert_nothing_is_locked(call.module)

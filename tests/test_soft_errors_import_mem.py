@@ -28,7 +28,9 @@ from soft_scene import (
     SHARED,
     Spoil,
     bit,
+    both,
     field,
+    free_page,
     held,
     interrupted,
     link_held,
@@ -112,6 +114,7 @@ OPERANDS = [
     Case("10.13-N2", legal.import_mem_post, mbmd(mig_epoch=1), label="out of order"),
     Case("10.13-N3", NEW, mbmd(mb_counter=0), label="older"),
     Case("10.13-N3", NEW, mbmd(mb_counter=2), label="newer"),
+    Case("10.13-N3b", legal.import_mem_post, both(field("mig_epoch", 0), mbmd(mig_epoch=0))),
     Case("10.13-N4", NEW, wrong_mac, OPENED),
     Case("10.13-N4", legal.import_mem_post, wrong_mac, OPENED, label="out of order"),
 ]
@@ -233,6 +236,18 @@ def in_place_without_buffer(scene):
     scene.registers["r13"] = (1 << 64) - 1
 
 
+def in_place(bits):
+    """The buffer is a free page with the bundle's page in it, and more bits in its word."""
+
+    def apply(scene):
+        page, memory = free_page(scene), scene.memory
+        memory.page(page)[:] = memory.page(scene.buffers.buffers)
+        buffer(page | bits).apply(scene)
+        new_page(1 << 63).apply(scene)
+
+    return Spoil(frozenset({"buffer", "new page"}), apply)
+
+
 @spoil("state")
 def removed_by_the_host(scene):
     """By leaves: GPA 0 was removed after the in-order phase."""
@@ -255,6 +270,7 @@ CANCELLED = frozenset(
     | {f"pamt[0x0].{column}" for column in ("page_type", "owner", "bepoch")}
 )
 MIGRATE_FREE = (of(MIGRATE, FREE),)
+PENDING_FREE = (of(MIGRATE, FREE, pending=True),)
 ENTRIES = [
     Entry("e2a", (of(NOP, 0),), wrong_page_mac()),
     Entry("e2b", (of(NOP, 0) | 1 << 54,)),
@@ -272,7 +288,6 @@ ENTRIES = [
     Entry("e7", (of(CANCEL, MAPPED),), phases="post live", label="CANCEL"),
     Entry("e8", MIGRATE_FREE, buffer(1 << 63), label="none"),
     Entry("e8", MIGRATE_FREE, buffer(NOWHERE), label="beyond memory"),
-    Entry("e8", MIGRATE_FREE, buffer(SHARED + 8), label="misaligned"),
     Entry("e8", MIGRATE_FREE, buffer(owned_page), label="of a TD"),
     Entry("e8", (of(REMIGRATE, MAPPED),), buffer(1 << 63), phases="in", label="REMIGRATE"),
     Entry("M1", (of(MIGRATE, MAPPED),), label="mapped"),
@@ -282,6 +297,9 @@ ENTRIES = [
     Entry("M3", (of(MIGRATE, FREE, pending=True),), in_place_without_buffer),
     Entry("M3b", MIGRATE_FREE, new_page(8), label="misaligned"),
     Entry("M3b", MIGRATE_FREE, new_page(1 << 46), label="HKID"),
+    Entry("M4", MIGRATE_FREE, in_place(8), label="misaligned"),
+    Entry("M4", MIGRATE_FREE, in_place(1 << 53), label="beyond MAX_PA"),
+    Entry("M4", PENDING_FREE, in_place(1 << 53 | 1 << 46), label="pending, with a HKID"),
     Entry("M4a", MIGRATE_FREE, new_page(SHARED)),
     Entry("M4b", MIGRATE_FREE, new_page_locked),
     Entry("M4c", MIGRATE_FREE, new_page(owned_page)),
@@ -356,6 +374,8 @@ def test_entry(one, phase, monkeypatch):
     assert outcome.registers.rcx >> 3 & 511 == (len(one.entries) if counted else bad)
     if one.row != "M3":
         assert int(scene.memory.page_words(scene.buffers.new_pages)[bad]) >> 63 == 1
+    kept = {name: getattr(outcome.registers, name) for name in scene.registers if name != "rcx"}
+    assert kept.items() <= scene.registers.items()
     assert outcome.written <= {"gpas", "new_pages"}
 
 

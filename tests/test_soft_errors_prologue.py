@@ -10,6 +10,7 @@ import test_soft_errors_export as export_tests
 import test_soft_errors_export_mem as export_mem_tests
 import test_soft_errors_import as import_tests
 import test_soft_errors_import_mem as import_mem_tests
+import test_soft_errors_rest as rest_tests
 from error_rows import CODES, OPERANDS, ROWS, Case, code_of, judge, table
 from soft_scene import TDR_IN_RDX, VCPU_LEAVES, Spoil, held, spoil
 from soft_state import changes, snapshot
@@ -42,6 +43,22 @@ def test_rax_and_shutdown(leaf):
         assert scene.module.call(leaf | 1 << bit, registers) == code_of(row)
     assert scene.module.call(leaf, registers) == code_of("2.1-3a")
     assert set(changes(before, snapshot(scene.module))) == {"shut_down"}
+
+
+@pytest.mark.parametrize("leaf", LEAVES)
+def test_a_module_that_is_not_ready(leaf):
+    """Nothing is done until the module is ready; a shutdown and a bad RAX are told first."""
+    scene = SCENES[leaf]()
+    before, registers = snapshot(scene.module), Registers(**scene.registers)
+    scene.module.ready = False
+    assert scene.module.call(leaf, registers) == code_of("2.1-3b")
+    for bit, row in RAX_BITS:
+        assert scene.module.call(leaf | 1 << bit, registers) == code_of(row)
+    assert set(changes(before, snapshot(scene.module))) == {"ready"}
+    scene.module.shut_down = True
+    assert scene.module.call(leaf, registers) == code_of("2.1-3a")
+    scene.module.ready, scene.module.shut_down = True, False
+    assert not scene.status() >> 63
 
 
 # --- prologue ------------------------------------------------------------------------------------
@@ -309,17 +326,8 @@ def test_the_earlier_check_decides(earlier):
 # --- coverage ------------------------------------------------------------------------------------
 
 NOT_PROVOKED = {
-    "10.2-P2": "no profile exports immutable state of more pages than the minimum of 3",
-    "2.1-3b": "the software module is ready as soon as it exists",
     "10.4-2c": "with level 0 the bits that would misalign the GPA are the reserved ones",
     "10.5-e6f": "every state that step 5 lets pass is allowed in a paused export",
-    "10.7-h": "no vCPU is in the guest while the TDR is held exclusively",
-    "10.8-P2": "mutable TD state is one page, and the minimum is 2",
-    "10.8-P3": "mutable TD state is one page, and an interrupt is looked for between pages",
-    "10.9-P2": "vCPU state is 4 pages, and the minimum is 5",
-    "10.11-h": "MIG_COUNT counts the exported entries, of which RESTORE has one in hand",
-    "10.12-1": "IA32_MISC_ENABLE is no part of the software platform",
-    "10.21-3": "the software vCPU has no TSC",
 }
 
 
@@ -329,11 +337,13 @@ def provoked_rows():
         export_mem_tests.CASES,
         import_tests.CASES,
         import_mem_tests.CASES,
+        rest_tests.CASES,
         OTHER,
     )
     rows = {case.row for cases in tables for case in cases}
     rows |= {f"10.13-{one.row}" for one in import_mem_tests.ENTRIES} | {"10.13-i"}
-    rows |= {row for row, _, _ in PROLOGUE} | {"2.1-1", "2.1-2", "2.1-3a", "2.2-4v"}
+    rows |= {row for row, _, _ in PROLOGUE} | {"2.1-1", "2.1-2", "2.1-3a", "2.1-3b", "2.2-4v"}
+    rows |= {"10.7-h", "10.11-h"}  # a halt is no status: test_soft_effects.py
     return rows
 
 

@@ -121,10 +121,7 @@ def test_a_rate_travels_with_the_guest(guest):
         if migrated:
             pair.exchange_keys()
             pair.start()
-            pair.pause()
-            pair.move(pair.gpas)
-            pair.states()
-            pair.start_token()
+            pair.finish_in_pause()
             pair.on_destination(c.ImportEnd())
             side = pair.destination
         assert side.memory_digest() == before

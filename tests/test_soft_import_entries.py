@@ -229,7 +229,6 @@ def page_cases():
     return [
         pytest.param(1 << 63, "free", invalid, buffer, no_buffer, id="no buffer"),
         pytest.param(1 << 51, "free", invalid, buffer, no_buffer, id="buffer nowhere"),
-        pytest.param(PAGE_SIZE + 8, "free", invalid, buffer, no_buffer, id="buffer misaligned"),
         pytest.param("owned", "free", invalid, buffer, no_buffer, id="buffer of a TD"),
         pytest.param(None, 8, invalid, new, no_page, id="page misaligned"),
         pytest.param(None, 1 << 47, invalid, new, no_page, id="page with a key id"),
@@ -270,6 +269,24 @@ def test_buffers_and_pages_that_cannot_be_used(
     assert memory.page_words(buffers.new_pages)[0] >> np.uint64(63) == 1
     assert memory.page_type[places["free"] >> 12] == PageType.NDA
     assert pair.destination.page_states(np.array([NEW], np.uint64)).tolist() == [SeptState.FREE]
+
+
+@pytest.mark.parametrize("bits", [1, 0xFFF, 1 << 52, 1 << 60, 1 << 62])
+def test_a_buffer_is_bits_51_to_12_of_its_list_entry(pair, bits):
+    bundle = Forger(pair).memory([entry(MIGRATE, NEW)])
+    place = pair.destination_host.stream_buffers(0).buffers | bits
+    registers = raw_import(pair, bundle, list_entry=place, new_page=free_page(pair))
+    assert hex(registers.rax) == "0x0"
+    assert pair.destination.read_page(NEW) == b"\x5a" * PAGE_SIZE
+
+
+@pytest.mark.parametrize("key_id", [1, 40, 63])
+def test_a_pending_page_in_place_loses_its_key_id(pair, key_id):
+    bundle = Forger(pair).memory([entry(MIGRATE, NEW, pending=True)])
+    page = free_page(pair)
+    assert raw_import(pair, bundle, list_entry=page | key_id << 46).rax == 0
+    assert pair.destination_host.memory.page_type[page >> 12] == PageType.REG
+    assert pair.destination.page_states(np.array([NEW], np.uint64)).tolist() == [SeptState.PENDING]
 
 
 def test_walks_and_locks(pair):

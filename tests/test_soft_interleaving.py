@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from soft_calls import export
 from soft_pair import Pair
 
 from tdxmig_model.backend.soft.call import Point, Registers
@@ -11,21 +12,11 @@ from tdxmig_model.backend.soft.op_state import Leaf
 from tdxmig_model.backend.soft.status import Operand, Status, describe_status, with_operand
 from tdxmig_model.engine import commands as c
 from tdxmig_model.wire.constants import PAGE_SIZE
-from tdxmig_model.wire.gpa_list import GpaOperation, GpaStatus, build_entries
+from tdxmig_model.wire.gpa_list import GpaOperation, GpaStatus
 
 
 def memory_operands(pair, stream, gpas):
-    buffers = pair.source_host.stream_buffers(stream)
-    buffers.offer_buffers(len(gpas))
-    return Registers(
-        rcx=buffers.gpa_list(build_entries(gpas)),
-        rdx=pair.source.td.tdr,
-        r8=buffers.mbmd_register,
-        r9=buffers.list,
-        r10=stream,
-        r11=buffers.macs_low,
-        r12=buffers.macs_high,
-    )
+    return export(pair, gpas, stream=stream).operands
 
 
 def until(steps, point):

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from soft_pair import CANCEL, Forger, Pair, flip, tampered
 
 from tdxmig_model.backend.soft.op_state import Leaf
@@ -15,6 +16,7 @@ from tdxmig_model.backend.soft.status import FATAL_BIT, Operand, Status, with_op
 from tdxmig_model.engine import commands as c
 from tdxmig_model.wire.constants import PAGE_SIZE, START_EPOCH
 from tdxmig_model.wire.gpa_list import (
+    GpaEntry,
     GpaOperation,
     GpaStatus,
     entries_from_bytes,
@@ -151,6 +153,59 @@ def test_out_of_order_bundles_need_the_start_epoch_but_no_counter():
     assert pair.destination.execute(c.ImportMem(0, early)).status == Status.TDX_INVALID_MBMD
     any_counter = forger.memory([entry], mb_counter=77)
     assert not pair.on_destination(c.ImportMem(0, any_counter)).statuses.any()
+
+
+def export_begun(interrupted):
+    """LIVE_IMPORT with the first memory bundle of stream 1 to come, and a new export begun."""
+    pair = started("tdx-1.5.01", streams=2)
+    pair.on_destination(c.ImportCommit())
+    late = pair.export(pair.gpas[8:10], stream=1)
+    host, td = pair.destination_host, pair.destination.td
+    pair.destination.write_migration_decryption_key(NEXT_KEY)
+    buffers = host.stream_buffers(0)
+    operands = {"rcx": td.tdr, "r8": buffers.mbmd_register, "r9": buffers.page_list(3)}
+    first = host.seamcall(Leaf.EXPORT_STATE_IMMUTABLE, interrupt=lambda: interrupted, **operands)
+    return pair, late, first, operands
+
+
+NEXT_KEY = bytes(range(7, 39))
+
+
+def test_a_new_export_ends_a_live_import():
+    pair, late, begun, _ = export_begun(interrupted=False)
+    assert begun.rax == Status.TDX_SUCCESS
+    assert pair.state(pair.destination) == "LIVE_EXPORT"
+    assert pair.destination.execute(c.ImportMem(1, late)).status == Status.TDX_OP_STATE_INCORRECT
+
+
+@pytest.mark.parametrize("epoch", [0, START_EPOCH])
+def test_while_a_new_export_is_interrupted_no_page_is_imported(epoch):
+    """The export resets MIG_EPOCH to 0: neither that epoch nor the start epoch fits."""
+    pair, late, begun, _ = export_begun(interrupted=True)
+    assert begun.rax == Status.TDX_INTERRUPTED_RESUMABLE
+    assert pair.state(pair.destination) == "LIVE_IMPORT"
+    if epoch == 0:
+        forger = Forger(pair)
+        forger.aead = type(forger.aead)(NEXT_KEY)
+        word = GpaEntry(int(pair.gpas[8]), GpaOperation.MIGRATE).to_int()
+        late = forger.memory([word], migs_index=1, mig_epoch=0)
+    result = pair.destination.execute(c.ImportMem(1, late))
+    assert result.status == Status.TDX_INVALID_MBMD
+    assert pair.state(pair.destination) == "LIVE_IMPORT"
+    assert state(pair.destination, int(pair.gpas[8])) is SeptState.FREE
+
+
+def test_an_import_during_an_interrupted_export_leaves_the_stream_with_the_decryption_key():
+    """Stream 1 was started for it, and the resumed export does not start it again."""
+    pair, late, _, operands = export_begun(interrupted=True)
+    assert pair.destination.execute(c.ImportMem(1, late)).status == Status.TDX_INVALID_MBMD
+    host = pair.destination_host
+    resumed = host.seamcall(Leaf.EXPORT_STATE_IMMUTABLE, r10=1 << 63, **operands)
+    assert resumed.rax == Status.TDX_SUCCESS
+    pair.on_destination(c.ExportPause())
+    bundle = pair.on_destination(c.ExportMem(1, pair.gpas[:1], GpaOperation.MIGRATE)).bundle
+    tag = AESGCM(NEXT_KEY).encrypt(bundle.mbmd.iv(), b"", bundle.mbmd.aad())
+    assert bundle.mbmd.mac == tag
 
 
 @BOTH_PROFILES

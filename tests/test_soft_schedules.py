@@ -190,7 +190,7 @@ def test_misuse_of_a_scheduler(paused):
 
 
 def test_export_and_unblocking_in_every_interleaving(pair):
-    """All 2002 orders of one EXPORT.MEM entry and one UNBLOCKW of the same page."""
+    """All 4543 orders of one EXPORT.MEM entry and one UNBLOCKW of the same page."""
     page = pair.gpas[:1]
     pair.block(page)
     module = pair.source_host.module
@@ -207,12 +207,13 @@ def test_export_and_unblocking_in_every_interleaving(pair):
         assert seen["total_mb_count"] == 2  # the bundle counts, whatever became of its entry
         state = SeptState(pair.source.page_states(page)[0])
         outcomes.add((*history.final, *statuses(pair, 1), state))
-    assert count == 2002
+    assert count == 4543
     free, wrong = GpaStatus.SUCCESS, GpaStatus.SEPT_ENTRY_STATE_INCORRECT
     assert outcomes == {
         (0, 0, free, SeptState.EXPORTED_DIRTY),  # exported, then unblocked
         (1, 0, wrong, SeptState.MAPPED),  # unblocked, so it cannot be exported live
-        (0, busy(Operand.RCX), free, SeptState.EXPORTED_BLOCKEDW),  # the entry was held
+        (0, busy(Operand.RCX), free, SeptState.EXPORTED_BLOCKEDW),  # the export held the entry
+        (1, 0, GpaStatus.SEPT_ENTRY_BUSY_HOST_PRIORITY, SeptState.MAPPED),  # the unblocking did
     }
 
 
@@ -574,7 +575,7 @@ def test_threads_have_a_processor_each(paused):
     module = paused.source_host.module
     threads = Threads(module)
     registers = on_td(paused, Leaf.MEM_TRACK).operands
-    steps = threads._steps(Leaf.MEM_TRACK, registers, 0, None)
+    steps = threads._steps(module.start(Leaf.MEM_TRACK, registers), 0)
     next(steps)
     with pytest.raises(UsageError, match="logical processor 0"):
         threads.call(Leaf.MEM_TRACK, replace(registers), lp=0)

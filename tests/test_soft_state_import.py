@@ -357,8 +357,8 @@ def test_the_sixth_control_page_needs_entropy():
     assert tdr.tdcs.mig_enc_key == bytes(range(32))
 
 
-def test_guest_leaves_report_what_the_module_has():
-    """A TDCALL of a vCPU that is not ready is refused before anything else."""
+def test_a_vcpu_that_is_not_ready_cannot_call():
+    """A TDCALL of it is refused before anything else."""
     pair = Pair(2, profile=PUBLISHED)
     pair.source._tdvps(0).state = VcpuState.DISABLED
     registers = Registers(rcx=PAGE_SIZE)

@@ -364,10 +364,7 @@ def test_destinations_with_other_keys_cannot_import():
             Status.TDX_OPERAND_INVALID, Operand.R8
         )
     pair.on_destination(c.ImportStateImmutable(bundle))
-    pair.pause()
-    pair.move(pair.gpas)
-    pair.states()
-    pair.start_token()
+    pair.finish_in_pause()
     for other in others:
         token = other.execute(c.ImportAbort()).bundle.mbmd.pack()
         refused = pair.source.execute(c.ExportAbort(token))
@@ -454,10 +451,7 @@ def test_a_second_session_after_an_abort(after_token):
     pair.restore_all()
     pair.exchange_keys()
     pair.start()
-    pair.pause()
-    pair.move(pair.gpas)
-    pair.states()
-    pair.start_token()
+    pair.finish_in_pause()
     refused = pair.source.execute(c.ExportAbort(stale))
     assert refused.status == Status.TDX_INCORRECT_MBMD_MAC
     pair.on_destination(c.ImportEnd())

@@ -9,6 +9,7 @@ from toy_handover import (
     CLEAN,
     COUNTED,
     DONE,
+    NEVER,
     NONE_TAKEN,
     SAFE,
     STEPS,
@@ -41,10 +42,13 @@ from tdxmig_model.model.words import HARDENED, PROFILES
 from tdxmig_model.smt.induction import prove
 from tdxmig_model.smt.runs import replay
 from tdxmig_model.story import tell
-from tdxmig_model.verify import Report, every, listed, mutants, verify
+from tdxmig_model.verify import Mutant, Report, every, listed, mutants, verify
 from tdxmig_model.verify.scope import not_stated
 
 SYSTEMS = {"lifecycle": LIFECYCLE, "leaf": LEAF}
+
+
+GUARDLESS = next(p.identifier for p in LEAF.under(HARDENED).properties if not p.guards)
 
 
 def judged(system, **options) -> Report:
@@ -139,19 +143,10 @@ def test_a_goal_that_is_not_reached_is_vacuous():
 
 
 def test_a_step_that_is_never_possible_is_named():
-    never = step(
-        "never",
-        "host",
-        (),
-        when=(need("done", phase.eq(DONE)), need("dirty", dirty_count.gt(0))),
-        then=(dirty_count.to(0),),
-        why="toy",
-        cite="none",
-    )
     clean = Property(
         "clean_count", implies(phase.eq(DONE), dirty_count.eq(0)), "No cell is dirty.", "leaf"
     )
-    report = judged(toy(clean, COUNTED, steps=(*STEPS, never)))
+    report = judged(toy(clean, COUNTED, steps=(*STEPS, NEVER)))
     assert report.dead_steps == ("never",)
     assert not report.holds
 
@@ -304,24 +299,8 @@ def test_each_guard_of_the_lifecycle_forbids_a_run():
 REDUNDANT: set[tuple[str, str, str]] = set()
 
 
-# Runs of 13 steps and more, which bounded checking finds only in the long campaign.
-LONG = {
-    ("export_abort_with_token", "abort_token", "P1"),
-    ("export_abort", "op_state", "P1"),
-    ("export_pause", "no_vcpu_inside", "P1"),
-    ("import_abort", "op_state", "P2"),
-}
-
-
-def _leaf_guards(*, long):
-    named = {(d, t): (*d, t) in LONG for d, t in listed(LEAF, HARDENED)}
-    assert sum(named.values()) == len(LONG), "LONG names guards that no property lists"
-    return [guard for guard, is_long in named.items() if is_long == long]
-
-
-@pytest.mark.parametrize("long", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_each_guard_of_the_leaf_model_forbids_a_run_or_is_known_to_be_redundant(long):
-    found = mutants(LEAF, HARDENED, _leaf_guards(long=long))
+def test_each_guard_of_the_leaf_model_forbids_a_run_or_is_known_to_be_redundant():
+    found = mutants(LEAF, HARDENED)
     assert {m.outcome for m in found} <= {"killed", "equivalent"}
     assert {(m.step, m.label, m.target) for m in found if m.outcome == "equivalent"} <= REDUNDANT
     _all_replay(LEAF, [m for m in found if m.outcome == "killed"])
@@ -388,10 +367,65 @@ def test_the_command_prints_mutants_as_one_object(capsys):
     assert all(m["counterexample"] for m in value["mutants"])
 
 
+def test_a_deleted_guard_is_judged_by_the_named_property(capsys):
+    judged = []
+
+    def mutants_of(system, profile, chosen, **_options):
+        judged.extend(chosen)
+        return []
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tdxmig_model.cli.verify.mutants", mutants_of)
+        guard = ["--mutant", "finish_epochs:every_vcpu"]
+        run(capsys, "--property", "O6", *guard, "--json")
+        run(capsys, "--property", "O6", "--property", "O8", *guard, "--json")
+        run(capsys, *guard, "--json")
+        run(capsys, "--mutants", "--json")
+        listed_ones = judged[4:]
+        run(capsys, "--mutants", "--all", "--json")
+    deletion = ("finish_epochs", "every_vcpu")
+    assert judged[:4] == [(deletion, name) for name in ("O6", "O6", "O8", "O5")]
+    assert listed_ones == [p for s in SYSTEMS.values() for p in listed(s, HARDENED)]
+    everything = [d for s in SYSTEMS.values() for d, _ in every(s, HARDENED)]
+    assert [d for d, _ in judged[4 + len(listed_ones) :]] == everything
+
+
+def test_rows_of_a_campaign_are_printed_as_they_come(capsys, monkeypatch):
+    printed = []
+
+    def mutants_of(system, profile, chosen, *, progress, **_options):
+        (step, label), target = chosen[0]
+        found = Mutant(step, label, target, "survivor", None, "searched", None, 1.0)
+        progress(found)
+        printed.append(capsys.readouterr().out)
+        return [found]
+
+    monkeypatch.setattr("tdxmig_model.cli.verify.mutants", mutants_of)
+    assert main(["verify", "--mutants", "--property", "O8"]) == 1
+    assert "O8" in printed[0]
+    assert "survivor" in printed[0]
+
+
+def test_the_text_names_what_is_not_stated(capsys, monkeypatch):
+    report = Report("leaf", HARDENED, (), (), (), (), 0, 0, 0.0)
+    monkeypatch.setattr("tdxmig_model.cli.verify.verify", lambda *_a, **_k: report)
+    code, out = run(capsys)
+    assert code == 0
+    for claim in not_stated(p.identifier for s in SYSTEMS.values() for p in s.properties):
+        assert claim.identifier in out
+        assert claim.reason in " ".join(out.split())
+    assert "lemmas" not in out, "no lemma was judged"
+
+
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
         (["--property", "O66"], "did you mean O6"),
+        (["--property", "O66", "--mutants"], "did you mean O6"),
+        (["--property", "O66", "--mutant", "finish_epochs:every_vcpu"], "did you mean O6"),
+        (["--property", "P14", "--mutant", "finish_epochs:every_vcpu"], "lifecycle model, which"),
+        (["--property", GUARDLESS, "--mutants"], f"{GUARDLESS} list no guards"),
+        (["--all"], "--all is for --mutants"),
         (["--mutant", "finish_epochs:every_vcp"], "did you mean finish_epochs:every_vcpu"),
         (["--mutant", "a:b", "--mutants"], "give one of them"),
         (["--profile", "soft"], "soft"),

@@ -95,6 +95,14 @@ STEPS = (
     ),
 )
 
+NEVER = _step(
+    "never",
+    (),
+    (need("done", phase.eq(DONE)), need("dirty", dirty_count.gt(0))),
+    (dirty_count.to(0),),
+)
+"""A step that is possible only where CLEAN does not hold."""
+
 CLEAN = Property(
     "clean",
     implies(phase.eq(DONE), forall({"c": CELL}, lambda c: not_(dirty[c]))),

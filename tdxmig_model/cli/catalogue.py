@@ -15,14 +15,20 @@ from tdxmig_model import names
 from tdxmig_model.backend.soft import status
 from tdxmig_model.errors import UsageError
 from tdxmig_model.expr import Assign, EnumType, Goal, Need, Property, Step, System, Variable
+from tdxmig_model.model.control_properties import CONTROL
+from tdxmig_model.model.forks import FORKS
+from tdxmig_model.model.key_words import KEY_WORDS
+from tdxmig_model.model.keys import KEYS
 from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.lifecycle import LIFECYCLE
+from tdxmig_model.model.terms import TERMS
 from tdxmig_model.model.words import HARDENED, PROFILES
 from tdxmig_model.project import Edge, edges
+from tdxmig_model.verify import widths
 
 Item = dict[str, Any]
 
-SYSTEMS = (LEAF, LIFECYCLE)
+SYSTEMS = (LEAF, LIFECYCLE, CONTROL, KEYS, KEY_WORDS, TERMS, FORKS)
 # Model, the variable that holds the state of a side, and the side.
 STATES = (
     (LEAF, "source_op_state", "source"),
@@ -30,7 +36,11 @@ STATES = (
     (LIFECYCLE, "source_phase", "source"),
     (LIFECYCLE, "destination_phase", "destination"),
 )
-_KINDS = {LEAF.name: names.Kind.LEAF, LIFECYCLE.name: names.Kind.LIFECYCLE}
+_KINDS = {
+    LEAF.name: names.Kind.LEAF,
+    LIFECYCLE.name: names.Kind.LIFECYCLE,
+    CONTROL.name: names.Kind.LEAF,
+}
 
 
 def find(name: str, profile: str = HARDENED) -> list[Item]:
@@ -59,6 +69,7 @@ def listing() -> dict[str, list[str]]:
         lists[f"{system.name} properties"] = [p.identifier for p in claimed if p.level != "lemma"]
         lists[f"{system.name} lemmas"] = [p.identifier for p in claimed if p.level == "lemma"]
         lists[f"{system.name} goals"] = [g.identifier for g in system.goals]
+    lists[f"{widths.WIDTHS} properties"] = list(widths.SENTENCES)
     lists["OP_STATEs"] = list(_members(*STATES[0][:2]))
     lists["source phases"] = list(_members(*STATES[2][:2]))
     lists["destination phases"] = list(_members(*STATES[3][:2]))
@@ -75,8 +86,11 @@ def name_row(system: System, step: Step) -> names.Name | None:
     """The row of the name table that a step belongs to.
 
     A step is in the table by its own name or by that of the call that it is a part of, or it is a
-    variant of a step that is (export_state_immutable_other of export_state_immutable).
+    variant of a step that is (export_state_immutable_other of export_state_immutable).  The models
+    of one concern each are not in the table.
     """
+    if system.name not in _KINDS:
+        return None
     own = step.part_of or step.name.removeprefix(f"{step.actor}_")
     rows = names.rows(names.Side(step.actor), _KINDS[system.name])
     fitting = [row for row in rows if own == row.step or own.startswith(f"{row.step}_")]
@@ -88,7 +102,8 @@ def _steps(name: str, _profile: str) -> Iterator[Item]:
         for step in system.steps:
             row = name_row(system, step)
             own = step.name.removeprefix(f"{step.actor}_")
-            if name in (step.name, own) or (row is not None and row.step == name):
+            called = {step.name, own} | ({row.step} if row is not None else set())
+            if name in called or name in {f"{step.actor}:{word}" for word in called}:
                 yield step_item(system, step)
 
 
@@ -139,6 +154,26 @@ def _properties(name: str, _profile: str) -> Iterator[Item]:
         for claimed in system.properties:
             if claimed.identifier.lower() == name.lower():
                 yield _property(system, claimed)
+    for identifier, sentence in widths.SENTENCES.items():
+        if identifier.lower() == name.lower():
+            yield _property_by_lemmas(identifier, sentence)
+
+
+def _property_by_lemmas(identifier: str, sentence: str) -> Item:
+    """A property of machine widths: what its lemmas say is its formula."""
+    parts = [f"{x.identifier}: {x.sentence}" for x in widths.stated_lemmas(identifier, HARDENED)]
+    return {
+        "kind": "property",
+        "name": identifier,
+        "model": widths.WIDTHS,
+        "level": "leaf",
+        "sentence": sentence,
+        "formula": " ".join(parts),
+        "guards": [],
+        "witness": None,
+        "cite": "",
+        "profiles": None,
+    }
 
 
 def _property(system: System, claimed: Property) -> Item:
@@ -291,7 +326,7 @@ def _only_in(profile: str) -> Iterator[Item]:
                 if has(assign.profiles):
                     yield {**where, "what": "update", "text": str(assign)}
         for claimed in system.properties:
-            if has(claimed.profiles):
+            if claimed.level != "lemma" and has(claimed.profiles):
                 text = f"{claimed.identifier}: {claimed.sentence}"
                 yield {"model": system.name, "step": None, "what": "property", "text": text}
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from tdxmig_model.cli import instance, output
+from tdxmig_model.errors import UsageError
 from tdxmig_model.expr import System, show
 
 if TYPE_CHECKING:
     from tdxmig_model.explore import Exploration, TraceStep
 
 STATES = 2_000_000
+CELL_BYTES, STATE_BYTES = 8, 400
+"""What a state takes in memory, for each of its integers and besides, with its transitions."""
 
 
 @click.command(name="explore", epilog="Example: tdxmig explore lifecycle --vcpus 2 --messages 8")
@@ -47,6 +51,7 @@ def command(
     from tdxmig_model.explore import explore
 
     chosen = instance.choose(model, **sizes)
+    _check_memory(chosen, limit)
     found = explore(
         chosen.system,
         chosen.instance,
@@ -61,6 +66,29 @@ def command(
     else:
         _print(chosen, found)
     ctx.exit(1 if found.violations else 0)
+
+
+def _check_memory(chosen: instance.Chosen, limit: int) -> None:
+    """UsageError if the states up to the limit cannot fit into the memory of this host."""
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    each = STATE_BYTES + CELL_BYTES * chosen.cells()
+    if limit * each > there:
+        raise UsageError(
+            f"{limit} states of {chosen.cells()} integers do not fit into the {there >> 20} MiB of "
+            f"this host; choose smaller sizes, or --limit {there // each} at most"
+        )
+
+
+def _warnings(chosen: instance.Chosen, found: Exploration) -> list[str]:
+    """What the sizes leave no room for: said of them, or seen by a search of everything."""
+    completion = instance.COMPLETION[chosen.system.name]
+    warnings = list(chosen.warnings)
+    if not found.truncated and completion not in found.reached:
+        warnings.append(
+            f"no migration completes ({completion}) within these sizes and ceilings, so the "
+            "answer says little; raise --messages or --ceiling"
+        )
+    return warnings
 
 
 def _verdict(found: Exploration) -> str:
@@ -97,6 +125,7 @@ def _as_json(chosen: instance.Chosen, found: Exploration) -> dict[str, object]:
         "deadlocks": found.deadlocks,
         "clipped": found.clipped,
         "truncated": found.truncated,
+        "warnings": _warnings(chosen, found),
     }
 
 
@@ -130,6 +159,8 @@ def _print(chosen: instance.Chosen, found: Exploration) -> None:
             click.echo(f"not reached at these sizes: {goal.identifier}")
     if found.dead_steps:
         click.echo("steps never taken at these sizes: " + ", ".join(found.dead_steps))
+    for warning in _warnings(chosen, found):
+        click.echo(f"warning: {warning}")
 
 
 def _line(system: System, taken: TraceStep) -> str:

@@ -42,7 +42,9 @@ def command(language: str, model: str, folder: Path, as_json: bool, **sizes: Any
         (folder / file).write_text(text, encoding="utf-8")
     files = [str(folder / file) for file in texts]
     if as_json:
-        output.emit_json({"ok": True, "files": files})
+        output.emit_json({"ok": True, "files": files, "warnings": list(chosen.warnings)})
     else:
+        for warning in chosen.warnings:
+            click.echo(f"warning: {warning}", err=True)
         for file in files:
             click.echo(file)

@@ -63,14 +63,30 @@ class Event(click.ParamType["At"]):
             self.fail(str(error), param, ctx)
 
 
+class _WithEvents(click.Command):
+    """Its help lists the lifecycle events, which are looked up only for that."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        from tdxmig_model.supervisor import SIDES, lifecycle_events
+
+        super().format_options(ctx, formatter)
+        with formatter.section("Events"):
+            formatter.write_dl([(side, ", ".join(lifecycle_events(side))) for side in SIDES])
+
+
 @click.command(
     name="run",
+    cls=_WithEvents,
     epilog="Example: tdxmig run --memory 64MiB --vcpus 2 --trace-dir traces",
 )
 @click.option("--memory", type=Size(), default="64MiB", show_default=True, help="Private memory.")
 @click.option("--vcpus", type=click.IntRange(1, 64), default=2, show_default=True)
 @click.option(
-    "--streams", type=click.IntRange(1, 511), default=1, show_default=True, help="Forward streams."
+    "--streams",
+    type=click.IntRange(1, 511),
+    default=1,
+    show_default=True,
+    help="Forward streams; more than 1 is not available yet.",
 )
 @click.option(
     "--batch",
@@ -87,7 +103,9 @@ class Event(click.ParamType["At"]):
     show_default=True,
     help="What the guest does while it is migrated.",
 )
-@click.option("--post-copy", is_flag=True, help="Hand over before all memory is there.")
+@click.option(
+    "--post-copy", is_flag=True, help="Hand over before all memory is there (not available yet)."
+)
 @click.option(
     "--abort-at",
     type=Event(),

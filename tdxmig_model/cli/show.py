@@ -73,7 +73,8 @@ def _with_python(item: Item, profile: str) -> Item:
     system = next(s for s in SYSTEMS if s.name == item["model"]).under(profile)
     if not system.has_step(item["name"]):
         raise UsageError(f"profile {profile} has no step {item['name']}")
-    return {**item, "python": Compiled(system, Instance(SIZES)).source(item["name"])}
+    sizes = {kind.name: SIZES.get(kind.name, 2) for kind in system.indexes()}
+    return {**item, "python": Compiled(system, Instance(sizes)).source(item["name"])}
 
 
 # --- text ----------------------------------------------------------------------------------------

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import os
+import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import click
 
@@ -14,9 +15,10 @@ from tdxmig_model.errors import UsageError
 from tdxmig_model.model.systems import SYSTEMS
 from tdxmig_model.model.words import HARDENED, PROFILES
 from tdxmig_model.smt.induction import Query
-from tdxmig_model.verify import Mutant, Report, Row, every, listed, mutants, verify
+from tdxmig_model.verify import Mutant, Report, Row, every, listed, mutants, verify, verify_widths
 from tdxmig_model.verify.mutants import Deletion
 from tdxmig_model.verify.scope import not_stated
+from tdxmig_model.verify.widths import SENTENCES
 
 VERDICTS = ("proved", "exhausted", "bounded", "violated", "vacuous", "unknown")
 COLOURS = {
@@ -51,8 +53,9 @@ COLOURS = {
     "--mutants",
     "campaign",
     is_flag=True,
-    help="Do so for every conjunct, or for those that --property ID names.",
+    help="Do so for the guards that the properties list, or only those of --property ID.",
 )
+@click.option("--all", "everything", is_flag=True, help="With --mutants: every conjunct there is.")
 @click.option(
     "--jobs",
     type=click.IntRange(min=1),
@@ -68,6 +71,7 @@ def command(
     properties: tuple[str, ...],
     deletions: tuple[str, ...],
     campaign: bool,
+    everything: bool,
     jobs: int,
     seed: int,
     as_json: bool,
@@ -79,32 +83,49 @@ def command(
     (never says anything), unknown.  Exits 0 if everything is proved, exhausted or reachable, else
     1.  With --mutant a violated property exits 1 as well; with --mutants only a survivor does, that
     is, a guard for which neither a run nor a proof of its redundance was found.
+
+    With --property a deleted guard is judged by those properties; without, by the ones that list it
+    among their guards, or by any if none does.
     """
     if deletions and campaign:
         raise UsageError("--mutant names guards and --mutants takes all: give one of them")
+    if everything and not campaign:
+        raise UsageError("--all is for --mutants: it deletes every conjunct of every guard")
+    _known_properties(profile, properties)
     if deletions or campaign:
-        found = _mutants(profile, properties, deletions, jobs, seed)
-        if as_json:
+        chosen = _chosen(profile, properties, deletions, everything=everything)
+        rows = None if as_json else _MutantRows(profile, chosen)
+        found = _mutants(profile, chosen, jobs, seed, rows)
+        if rows is None:
             output.emit_json(mutants_as_json(profile, found, named=bool(deletions)))
         else:
-            _print_mutants(profile, found, stories=bool(deletions))
+            rows.end(found, stories=bool(deletions))
         bad = ("killed", "survivor") if deletions else ("survivor",)
         ctx.exit(1 if any(m.outcome in bad for m in found) else 0)
     reports = _reports(profile, properties, jobs, seed)
     if as_json:
         output.emit_json(reports_as_json(profile, reports))
     else:
-        _print_reports(profile, reports)
+        _print_reports(profile, reports, named=bool(properties))
     ctx.exit(0 if all(r.holds for r in reports) else 1)
+
+
+def _claimed(profile: str) -> dict[str, list[str]]:
+    """The identifiers of the properties of each model under a profile."""
+    return {s.name: [p.identifier for p in s.under(profile).properties] for s in SYSTEMS}
+
+
+def _known_properties(profile: str, properties: Sequence[str]) -> None:
+    """UsageError with the nearest name for a property that no model has under the profile."""
+    known = [name for names in _claimed(profile).values() for name in names] + list(SENTENCES)
+    for name in properties:
+        if name not in known:
+            raise UsageError(f"no property {name} under {profile}{_hint(name, known)}")
 
 
 def _reports(profile: str, properties: Sequence[str], jobs: int, seed: int) -> list[Report]:
     """Judge each model that has one of the properties (all models and properties by default)."""
-    claimed = {s.name: [p.identifier for p in s.under(profile).properties] for s in SYSTEMS}
-    for name in properties:
-        if not any(name in known for known in claimed.values()):
-            every = [p for known in claimed.values() for p in known]
-            raise UsageError(f"no property {name} under {profile}{_hint(name, every)}")
+    claimed = _claimed(profile)
     reports = []
     with output.progress_console().status("verify") as status:
         done: Counter[str] = Counter()
@@ -120,38 +141,77 @@ def _reports(profile: str, properties: Sequence[str], jobs: int, seed: int) -> l
                 reports.append(
                     verify(system, profile, chosen or None, seed=seed, jobs=jobs, progress=tick)
                 )
+        by_lemmas = [name for name in properties if name in SENTENCES]
+        if by_lemmas or not properties:
+            reports.append(verify_widths(profile, by_lemmas or None, seed=seed, progress=tick))
     return reports
+
+
+Chosen = list[tuple[Deletion, str | None]]
+"""Conjuncts to delete from one model, each with the property that is to break, None for any."""
+
+
+def _chosen(
+    profile: str, properties: Sequence[str], deletions: Sequence[str], *, everything: bool
+) -> dict[str, Chosen]:
+    """What to delete from each model, by its name.  UsageError if nothing is left to judge."""
+    named = [_deletion(text, profile) for text in deletions]
+    claimed = _claimed(profile)
+    chosen: dict[str, Chosen] = {}
+    for system in SYSTEMS:
+        wanted = [name for name in properties if name in claimed[system.name]]
+        if properties and not wanted:
+            continue
+        pairs: Chosen = [*listed(system, profile)]
+        if deletions or everything:
+            mine = [d for model, d in named if model == system.name]
+            guards = mine if deletions else [d for d, _ in every(system, profile)]
+            pairs = [(d, t) for d in guards for t in (wanted or _first(d, pairs))]
+        elif wanted:
+            pairs = [(d, t) for d, t in pairs if t in wanted]
+        chosen[system.name] = pairs
+    judged = [(model, d) for model, pairs in chosen.items() for d, _ in pairs]
+    for model, (step, label) in named:
+        if (model, (step, label)) not in judged:
+            of = ", ".join(properties)
+            raise UsageError(f"{step}:{label} is of the {model} model, which has no {of}")
+    if not judged:
+        raise UsageError(
+            f"{', '.join(properties)} list no guards to delete; name one with --mutant STEP:LABEL, "
+            "or add --all"
+        )
+    return chosen
+
+
+def _first(deletion: Deletion, pairs: Chosen) -> list[str | None]:
+    """The first property that lists a conjunct, or any property if none does."""
+    return [target for one, target in pairs if one == deletion][:1] or [None]
 
 
 def _mutants(
     profile: str,
-    properties: Sequence[str],
-    deletions: Sequence[str],
+    chosen: Mapping[str, Chosen],
     jobs: int,
     seed: int,
+    rows: _MutantRows | None,
 ) -> list[Mutant]:
-    """Judge the named deletions, or those that (chosen) properties list as their guards."""
-    named = [_deletion(text, profile) for text in deletions]
+    """Judge the chosen deletions; each is told as soon as it is known."""
     found: list[Mutant] = []
-    with output.progress_console().status("delete guards") as status:
+    total = sum(map(len, chosen.values()))
+    with output.progress_console().status(f"delete guards: 0 of {total}") as status:
+        done = 0
 
         def tick(mutant: Mutant) -> None:
-            status.update(f"{mutant.step}:{mutant.label} {mutant.outcome}")
+            nonlocal done
+            done += 1
+            status.update(f"delete guards: {done} of {total}")
+            if rows is not None:
+                rows.row(mutant)
 
         for system in SYSTEMS:
-            named_guards = listed(system, profile)
-            chosen: list[tuple[Deletion, str | None]]
-            if deletions:
-                targets = dict(reversed(named_guards))
-                mine = [d for model, d in named if model == system.name]
-                chosen = [(d, targets.get(d)) for d in mine]
-            else:
-                targets = dict(reversed(named_guards))
-                everything = [(d, targets.get(d)) for d, _ in every(system, profile)]
-                chosen = [(d, t) for d, t in named_guards if t in properties]
-                chosen = chosen if properties else everything
-            if chosen:
-                found += mutants(system, profile, chosen, seed=seed, jobs=jobs, progress=tick)
+            pairs = chosen.get(system.name)
+            if pairs:
+                found += mutants(system, profile, pairs, seed=seed, jobs=jobs, progress=tick)
     return found
 
 
@@ -210,14 +270,14 @@ def mutants_as_json(profile: str, found: Sequence[Mutant], *, named: bool) -> di
 
 
 def _stated() -> list[str]:
-    return [p.identifier for s in SYSTEMS for p in s.properties]
+    return [*(p.identifier for s in SYSTEMS for p in s.properties), *SENTENCES]
 
 
 def _coloured(word: str) -> str:
     return f"[{COLOURS.get(word, 'red')}]{word}[/]"
 
 
-def _print_reports(profile: str, reports: Sequence[Report]) -> None:
+def _print_reports(profile: str, reports: Sequence[Report], *, named: bool) -> None:
     from rich.table import Table
 
     console = output.console()
@@ -239,9 +299,9 @@ def _print_reports(profile: str, reports: Sequence[Report]) -> None:
                 says += f" [dim]{row.method}[/]"
             table.add_row(row.identifier, _coloured(row.verdict), depth, f"{row.ms:.0f}", says)
         console.print(table)
-        good = sum(r.holds for r in lemmas)
+        proved = f"{sum(r.holds for r in lemmas)} of {len(lemmas)} lemmas proved; "
         console.print(
-            f"{good} of {len(lemmas)} lemmas proved; {report.queries} queries, "
+            f"{proved if lemmas else ''}{report.queries} queries, "
             f"{report.fallbacks} by model-based instantiation; {report.ms / 1000:.1f} s"
         )
         for step in report.dead_steps:
@@ -250,29 +310,64 @@ def _print_reports(profile: str, reports: Sequence[Report]) -> None:
             if row.story is not None:
                 console.print(f"\n{row.identifier} is violated:", style="red")
                 click.echo(row.story.text(console.width))
+            if row.kind:
+                click.echo(_classified(row))
         console.print("Assumed:", *(f"\n  {text}" for text in report.assumptions))
+    if not named:
+        console.print(_not_stated_text())
 
 
-def _print_mutants(profile: str, found: Sequence[Mutant], *, stories: bool) -> None:
-    from rich.table import Table
-
-    console = output.console()
-    table = Table(
-        "guard", "of", "outcome", "breaks", "depth", "ms", title=f"guards of profile {profile}"
+def _classified(row: Row) -> str:
+    """What is to be done about a violation."""
+    repairs = ", ".join(row.removed_by) or "no repair"
+    if row.kind == "public":
+        return f"{row.identifier} is public: {repairs} of specs/repairs.toml removes it"
+    return (
+        f"{row.identifier} is unreported ({repairs} removes it): "
+        "report to the vendor before publishing (SECURITY.md)"
     )
-    for m in found:
-        table.add_row(
-            f"{m.step}:{m.label}",
-            m.target or "",
-            _coloured(m.outcome),
-            m.broken or "",
-            "" if m.depth is None else str(m.depth),
-            f"{m.ms:.0f}",
-        )
-    console.print(table)
-    for m in found:
-        if stories and m.story is not None:
-            console.print(f"\nWithout {m.label}, {m.step} leads to:")
-            click.echo(m.story.text(console.width))
-        elif stories:
-            console.print(f"\n{m.step}:{m.label}: {m.outcome}, {m.method}")
+
+
+def _not_stated_text() -> str:
+    """One line for each reason, with the properties that are not stated because of it."""
+    by_reason: dict[str, list[str]] = {}
+    for claim in not_stated(_stated()):
+        by_reason.setdefault(claim.reason, []).append(claim.identifier)
+    lines = (f"  {', '.join(names)}: {reason}" for reason, names in by_reason.items())
+    return "\n".join(["Neither proved nor refuted, because the models do not state it:", *lines])
+
+
+class _MutantRows:
+    """The table of `verify --mutants`, a row at a time: a campaign takes minutes."""
+
+    def __init__(self, profile: str, chosen: Mapping[str, Chosen]) -> None:
+        guards = [f"{step}:{label}" for pairs in chosen.values() for (step, label), _ in pairs]
+        self._width = max(map(len, guards))
+        self._told: list[Mutant] = []
+        click.echo(f"{len(guards)} guards of profile {profile}")
+        self._line("guard", "of", "outcome", "breaks", "depth", "ms")
+
+    def _line(self, guard: str, of: str, outcome: str, breaks: str, depth: str, ms: str) -> None:
+        colour = COLOURS.get(outcome, None if outcome == "outcome" else "red")
+        padded = click.style(f"{outcome:10}", fg=colour)
+        click.echo(f"{guard:{self._width}}  {of:6} {padded} {breaks:6} {depth:>5} {ms:>8}".rstrip())
+
+    def row(self, m: Mutant) -> None:
+        """Print one row."""
+        self._told.append(m)
+        depth = "" if m.depth is None else str(m.depth)
+        guard, ms = f"{m.step}:{m.label}", f"{m.ms:.0f}"
+        self._line(guard, m.target or "", m.outcome, m.broken or "", depth, ms)
+
+    def end(self, found: Sequence[Mutant], *, stories: bool) -> None:
+        """Print what is known only after the last row, and with `stories` each counterexample."""
+        for told, m in zip(self._told, found, strict=True):
+            if told.outcome != m.outcome:
+                click.echo(f"{m.step}:{m.label} is {m.outcome} after all: {m.method}")
+        width = shutil.get_terminal_size().columns
+        for m in found:
+            if stories and m.story is not None:
+                click.echo(f"\nWithout {m.label}, {m.step} leads to:")
+                click.echo(m.story.text(width))
+            elif stories:
+                click.echo(f"\n{m.step}:{m.label}: {m.outcome}, {m.method}")

@@ -12,13 +12,14 @@ because renderers differ.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import graphviz
 
+from tdxmig_model.draw.centre import centred
 from tdxmig_model.draw.labels import INK, MEANINGS, Labels, PlainLabels, TableLabels
-from tdxmig_model.draw.view import Side, meaning, side
+from tdxmig_model.draw.view import Loop, Move, Side, meaning, side
 from tdxmig_model.expr import System
 from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.lifecycle import LIFECYCLE
@@ -90,20 +91,36 @@ def _move_node(view: Side, number: int) -> str:
 def _legend(graph: graphviz.Digraph, labels: Labels, *views: Side) -> None:
     """What the colours and borders mean, below the last state."""
     used = {key for view in views for key in meaning(view).values()}
-    states = [(view, state) for view in views for state in view.states]
-    remarks = {
-        "double border: no way out": any(view.terminal(state) for view, state in states),
-        "dashed border: not entered on this side": not all(v.entered(s) for v, s in states),
-    }
     text = labels.legend(
         [key for key in MEANINGS if key in used],
-        [remark for remark, wanted in remarks.items() if wanted],
+        _remarks(views),
     )
     graph.node("legend", text, fillcolor=PAPER, color=LINE, penwidth="1")
     for view in views:
         entered = [state for state in view.states if view.entered(state)]
         last = [state for state in entered if view.terminal(state)] or entered
         graph.edge(f"{view.actor} {last[-1]}", "legend", style="invis")
+
+
+def _remarks(views: Sequence[Side]) -> list[str]:
+    """What else than colours of states has a meaning in a picture of these sides."""
+    states = [(view, state) for view in views for state in view.states]
+    steps: list[Loop | Move] = [move for view in views for move in view.moves]
+    steps += [loop for view in views for loops in view.loops.values() for loop in loops]
+    guards = [text for step in steps for text in step.guard]
+    records = [message[1:].isupper() for step in steps for message in step.messages]
+    both = len(views) > 1
+    remarks = {
+        "under a step: what it needs": bool(guards),
+        "START_EPOCH: that of the start token": any("START_EPOCH" in text for text in guards),
+        "→ sends, ← takes; in capitals: a record": any(records),
+        "→ sends, ← takes; in small letters: an answer": not all(records),
+        "blue dashed arrow: a record of the source": both and any(records),
+        "orange dashed arrow: an answer of the destination": both and not all(records),
+        "double border: no way out": any(view.terminal(state) for view, state in states),
+        "dashed border: not entered on this side": not all(v.entered(s) for v, s in states),
+    }
+    return [remark for remark, wanted in remarks.items() if wanted]
 
 
 def _one_side(name: str, view: Side, entry: str, labels: Labels) -> graphviz.Digraph:
@@ -203,7 +220,7 @@ def write_all(folder: Path, leaf: System = LEAF, lifecycle: System = LIFECYCLE) 
 
 def _svg(drawable: str, dot: str, renderer: str) -> str:
     """The SVG of a text, with the digest of the DOT file beside it as a comment before it."""
-    head, opening, rest = render_svg(drawable, renderer=renderer).partition("<svg")
+    head, opening, rest = centred(render_svg(drawable, renderer=renderer)).partition("<svg")
     return head + DIGEST.format(digest(dot)) + opening + rest
 
 

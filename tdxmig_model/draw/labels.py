@@ -87,8 +87,10 @@ class TableLabels:
         return f'<<FONT POINT-SIZE="12"><TABLE {table}>{head}{rows}</TABLE></FONT>>'
 
     def move(self, move: Move) -> str:
-        title = f"{_bold(move.leaf)} {escape(move.variant)}" if move.leaf else _bold(move.variant)
-        lines = [f'<FONT POINT-SIZE="12">{title.strip()}</FONT>', *_messages(move.messages)]
+        # A no-break space: each font is a text of its own in an SVG, and loses a space before it.
+        variant = f"&#160;{escape(move.variant)}" if move.variant else ""
+        title = f"{_bold(move.leaf)}{variant}" if move.leaf else _bold(move.variant)
+        lines = [f'<FONT POINT-SIZE="12">{title}</FONT>', *_messages(move.messages)]
         lines += [_small(text) for text in move.guard]
         return f"<{'<BR/>'.join(lines)}>"
 

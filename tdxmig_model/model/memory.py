@@ -28,7 +28,8 @@ from tdxmig_model.model import network as n
 from tdxmig_model.model import source as rows
 from tdxmig_model.model import source_state as s
 from tdxmig_model.model.leaf import LEAF
-from tdxmig_model.model.memory_properties import LEMMAS, PROPERTIES
+from tdxmig_model.model.memory_lemmas import LEMMAS
+from tdxmig_model.model.memory_properties import PROPERTIES
 from tdxmig_model.model.words import (
     BLOCKEDW,
     CANCEL,
@@ -151,7 +152,7 @@ _ADDITIONS = {
     "export_mem_begin": addition(
         x.log_entries[n.log_length].to(choose(n.observed, 0, x.log_entries[n.log_length])),
         only(
-            repaired("R1"),
+            repaired("R14"),
             x.counted[n.log_length].to(choose(n.observed, True, x.counted[n.log_length])),
         ),
     ),
@@ -168,7 +169,7 @@ _ADDITIONS = {
         _append(MIGRATE, _pending, True), _closed, needs=(_same_epoch,)
     ),
     "export_mem_end": addition(
-        only(unrepaired("R1"), x.counted[_made].to(choose(n.observed, True, x.counted[_made]))),
+        only(unrepaired("R14"), x.counted[_made].to(choose(n.observed, True, x.counted[_made]))),
         needs=(_same_epoch,),
     ),
     "export_pause": addition(x.version_at_pause.fill(lambda page: x.version[page])),

@@ -102,8 +102,8 @@ def _in(*states: Literal) -> Need:
 
 
 def _no_unfinished_call() -> Need:
-    """Repair R1: an unfinished EXPORT.MEM blocks every token."""
-    return need("no_unfinished_call", unfinished_calls.eq(0), *repaired("R1"))
+    """Repair R14: an unfinished EXPORT.MEM blocks every token."""
+    return need("no_unfinished_call", unfinished_calls.eq(0), *repaired("R14"))
 
 
 tracked: Node = any_of(
@@ -357,12 +357,9 @@ STEPS = (
                 stream=i,
                 complete=False,
             ),
-            # Repair R1: a bundle is counted when its MBMD leaves, not when its last entry is done.
-            only(
-                repaired("R1"),
-                next_mb_counter[i].to(next_mb_counter[i] + 1),
-                total_mb_count.to(total_mb_count + 1),
-            ),
+            # Repairs: a bundle is counted when its MBMD leaves, not when its last entry is done.
+            only(repaired("R1"), next_mb_counter[i].to(next_mb_counter[i] + 1)),
+            only(repaired("R14"), total_mb_count.to(total_mb_count + 1)),
         ),
         why="EXPORT.MEM starts: the MBMD, with its MAC, is written out before any page.",
         cite=_leaf("EXPORT.MEM", 68),
@@ -413,11 +410,8 @@ STEPS = (
             network.log_complete[unfinished_bundle[i]].to(
                 choose(network.observed, True, network.log_complete[unfinished_bundle[i]])
             ),
-            only(
-                unrepaired("R1"),
-                next_mb_counter[i].to(next_mb_counter[i] + 1),
-                total_mb_count.to(total_mb_count + 1),
-            ),
+            only(unrepaired("R1"), next_mb_counter[i].to(next_mb_counter[i] + 1)),
+            only(unrepaired("R14"), total_mb_count.to(total_mb_count + 1)),
         ),
         why="The last entry of the list is done and the bundle can be sent.",
         cite=_leaf("EXPORT.MEM", 68),
@@ -449,7 +443,7 @@ STEPS = (
             mig_epoch.to(mig_epoch + 1),
             total_mb_count.to(total_mb_count + 1),
             next_mb_counter[0].to(1),
-            only(unrepaired("R1"), unfinished[0].to(False)),
+            only(unrepaired("R14"), unfinished[0].to(False)),
             *network.make_bundle(
                 EPOCH_TOKEN, epoch=mig_epoch + 1, counter=0, total=total_mb_count + 1
             ),
@@ -526,7 +520,7 @@ STEPS = (
             mig_epoch.to(START_EPOCH),
             total_mb_count.to(total_mb_count + 1),
             next_mb_counter[0].to(1),
-            only(unrepaired("R1"), unfinished[0].to(False)),
+            only(unrepaired("R14"), unfinished[0].to(False)),
             *network.make_bundle(
                 EPOCH_TOKEN, epoch=START_EPOCH, counter=0, total=total_mb_count + 1
             ),

@@ -16,8 +16,11 @@ TDX_1_5_01 = "tdx-1.5.01"
 PROFILES = (HARDENED, TDX_1_5_01)
 """The profiles that a user can choose; the others tell which repair removes a counterexample."""
 
-REPAIRS = tuple(f"R{n}" for n in range(1, 14))
+REPAIRS = tuple(f"R{n}" for n in range(1, 15))
 """The repairs of the hardened profile, by their ids in specs/repairs.toml."""
+
+PUBLIC_REPAIRS = frozenset({"R1", "R2", "R3", "R4", "R5", "R8", "R10", "R11", "R13"})
+"""The repairs with public references, which specs/repairs.toml lists."""
 
 
 def without(repair: str) -> str:
@@ -25,10 +28,16 @@ def without(repair: str) -> str:
     return f"{HARDENED} without {repair}"
 
 
+def with_only(repair: str) -> str:
+    """The name of the profile that has one repair and no other."""
+    return f"{TDX_1_5_01} with {repair}"
+
+
 _STANDING: dict[str, frozenset[str]] = {
     HARDENED: frozenset(REPAIRS),
     TDX_1_5_01: frozenset(),
     **{without(r): frozenset(REPAIRS) - {r} for r in REPAIRS},
+    **{with_only(r): frozenset({r}) for r in REPAIRS},
 }
 ALL_PROFILES = tuple(_STANDING)
 

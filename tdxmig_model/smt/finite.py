@@ -285,5 +285,6 @@ def _restricted(system: System, wanted: frozenset[str]) -> System:
         steps=steps,
         properties=(),
         goals=(),
+        base=None,
         _by_name={},
     )

@@ -15,8 +15,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache
+from types import TracebackType
 
 from tdxmig_model.expr import (
     IndexType,
@@ -30,12 +32,13 @@ from tdxmig_model.expr import (
     all_of,
     forall,
 )
+from tdxmig_model.pool import pool
 from tdxmig_model.smt.encode import reads, split
 from tdxmig_model.smt.unbounded import Unbounded, sized_indexes
 from tdxmig_model.smt.z3api import Answer, Solver, Term
 
 INIT = "initial state"
-QUICK, THOROUGH = 2_000_000, 8_000_000
+QUICK, THOROUGH = 2_000_000, 2_000_000
 """Work for E-matching and for model-based instantiation, in z3's resource units."""
 
 
@@ -131,6 +134,26 @@ def _range_of(variable: Variable | MapVariable, sized: frozenset[str]) -> Node |
     return forall(names, lambda *keys: inside(variable[keys]))
 
 
+class _Facts:
+    """What is assumed for several queries: asserted once, for E-matching."""
+
+    def __init__(self, terms: Sequence[Term], seed: int) -> None:
+        self.terms = list(terms)
+        self._seed = seed
+        self._solver: Solver | None = None
+
+    def refute(self, goal: Term) -> Answer:
+        """UNSAT if the facts and the goal contradict each other."""
+        if self._solver is None:
+            self._solver = Solver(quantified=True, mbqi=False, seed=self._seed)
+            self._solver.add(*self.terms)
+        self._solver.push()
+        self._solver.add(goal)
+        answer = self._solver.check(rlimit=QUICK)
+        self._solver.pop()
+        return answer
+
+
 class Prover:
     """The queries of one system: the state before, the invariant, and one solver for each query.
 
@@ -163,14 +186,13 @@ class Prover:
         kept = [t for name, t in self.assumed.items() if name not in without]
         return [*self.axioms, *self.facts, *kept]
 
-    def decide(self, facts: Sequence[Term], goal: Term) -> tuple[Answer, str]:
+    def decide(self, facts: _Facts, goal: Term) -> tuple[Answer, str]:
         """Refute facts and goal together: E-matching first, then model-based instantiation."""
-        solver = self._solver(facts, goal, mbqi=False)
-        if solver.check(rlimit=QUICK) is Answer.UNSAT:
+        if facts.refute(goal) is Answer.UNSAT:
             return Answer.UNSAT, "E-matching"
         if not self.patient:
             return Answer.UNKNOWN, "E-matching"
-        solver = self._solver(facts, goal, mbqi=True)
+        solver = self._solver(facts.terms, goal, mbqi=True)
         return solver.check(rlimit=THOROUGH), "MBQI"
 
     def _solver(self, facts: Sequence[Term], goal: Term, *, mbqi: bool) -> Solver:
@@ -181,7 +203,7 @@ class Prover:
     def initially(self, wanted: Iterable[Conjunct]) -> list[Query]:
         """Whether conjuncts hold in the initial state."""
         view, facts = self.encoder.initial()
-        background = [*self.axioms, *facts]
+        background = _Facts([*self.axioms, *facts], self.seed)
         return [
             self._timed(INIT, c, background, lambda c=c: self.encoder.refute(c.formula, view, {}))  # type: ignore[misc]
             for c in wanted
@@ -194,7 +216,7 @@ class Prover:
         env, ranges = self.encoder.parameters(step)
         guard = self.encoder.guard(step, self.before, env)
         view, counted = self.encoder.post(step, self.before, env)
-        background = [*self.background(without), *ranges, guard, *counted]
+        background = _Facts([*self.background(without), *ranges, guard, *counted], self.seed)
         return [
             self._timed(
                 step.name,
@@ -213,9 +235,7 @@ class Prover:
         solver = self._solver([*self.background(), *ranges], guard, mbqi=False)
         return solver.check(rlimit=QUICK)
 
-    def _timed(
-        self, step: str, c: Conjunct, background: Sequence[Term], goal: Callable[[], Term]
-    ) -> Query:
+    def _timed(self, step: str, c: Conjunct, background: _Facts, goal: Callable[[], Term]) -> Query:
         begun = time.perf_counter()
         answer, method = self.decide(background, goal())
         return Query(step, c.identifier, answer, method, (time.perf_counter() - begun) * 1000)
@@ -324,19 +344,23 @@ class _Runner:
     ) -> None:
         self._pool: ProcessPoolExecutor | None = None
         self._prover: Prover | None = None
+        self._stack = ExitStack()
         if jobs > 1:
-            self._pool = ProcessPoolExecutor(
-                jobs, initializer=_start_worker, initargs=(system, seed, patient, given)
-            )
+            workers = pool(jobs, _start_worker, (system, seed, patient, given))
+            self._pool = self._stack.enter_context(workers)
         else:
             self._prover = Prover(system, invariant, seed, patient=patient, given=given)
 
     def __enter__(self) -> _Runner:
         return self
 
-    def __exit__(self, *_exception: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
 
     def run(self, work: Sequence[Work], wanted: frozenset[str]) -> Iterable[list[Query]]:
         """The queries of each piece of work, in the order of the work."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -67,6 +67,44 @@ def replay(
     if ends_in is not None and not interpreter.value(ends_in, state, {}):
         raise ModelError(f"the trace replays but does not end in a state with {ends_in}")
     return Run(instance, tuple((n, dict(v)) for n, v in moves), tuple(states))
+
+
+def shortened(system: System, run: Run, ends_in: Node) -> Run:
+    """A run with some of the moves that still ends as wanted: leaving out one or two more fails."""
+    interpreter = Interpreter(system, run.instance)
+    moves = list(run.moves)
+    states = list(run.states)
+    again = True
+    while again:
+        again = False
+        for gone in _one_or_two(len(moves)):
+            kept = [m for n, m in enumerate(moves) if n not in gone]
+            tail = _taken(interpreter, states[gone[0]], kept[gone[0] :])
+            if tail is not None and interpreter.value(ends_in, tail[-1], {}):
+                moves, states = kept, states[: gone[0]] + tail
+                again = True
+                break
+    return Run(run.instance, tuple(moves), tuple(states))
+
+
+def _one_or_two(length: int) -> Iterator[tuple[int, ...]]:
+    """The places to leave out, later ones first: they are quickly seen to be needed."""
+    yield from ((n,) for n in reversed(range(length)))
+    yield from ((n, m) for n in reversed(range(length)) for m in range(n + 1, length))
+
+
+def _taken(interpreter: Interpreter, state: State, moves: Sequence[Move]) -> list[State] | None:
+    """The states of the moves from a state on; None if one of them is not enabled."""
+    states = [state]
+    try:
+        for name, values in moves:
+            step = interpreter.system.step(name)
+            if not interpreter.enabled(step, states[-1], values):
+                return None
+            states.append(interpreter.apply(step, states[-1], values))
+    except IndexError:
+        return None
+    return states
 
 
 def cells_of(

@@ -259,7 +259,7 @@ def matchable(term: Term) -> bool:
     return bool(_raw(term).num_args()) and plain(term)
 
 
-# Bit vectors, for finite instances.
+# Bit vectors: for finite instances, and for arithmetic of machine widths.
 
 
 def bits_value(value: int, width: int) -> Term:
@@ -270,6 +270,37 @@ def bits_value(value: int, width: int) -> Term:
 def bits_const(name: str, width: int) -> Term:
     """An unknown bit vector."""
     return _term(z3.BitVec(name, width))
+
+
+def bits_subtract(left: Term, right: Term) -> Term:
+    """Subtraction of bit vectors of one width, which wraps."""
+    return _term(_raw(left) - _raw(right))
+
+
+def bits_at_most(left: Term, right: Term) -> Term:
+    """Less or equal, of unsigned bit vectors of one width."""
+    return _term(z3.ULE(_raw(left), _raw(right)))
+
+
+def bits_below(left: Term, right: Term) -> Term:
+    """Strictly less, of unsigned bit vectors of one width."""
+    return _term(z3.ULT(_raw(left), _raw(right)))
+
+
+def bits_widened(term: Term, width: int) -> Term:
+    """The same unsigned value in more bits."""
+    raw = _raw(term)
+    return _term(z3.ZeroExt(width - raw.size(), raw))
+
+
+def bits_narrowed(term: Term, width: int) -> Term:
+    """The low bits of a bit vector: what an assignment to a smaller variable keeps."""
+    return _term(z3.Extract(width - 1, 0, _raw(term)))
+
+
+def bits_width(term: Term) -> int:
+    """The number of bits of a bit vector."""
+    return int(_raw(term).size())
 
 
 # Solving.
@@ -323,11 +354,16 @@ class Solver:
         self._raw.pop()
 
     def check(self, *, rlimit: int = 0, assumptions: Sequence[Term] = ()) -> Answer:
-        """Decide; `rlimit` bounds the work in z3's deterministic unit, 0 for no bound."""
+        """Decide; `rlimit` bounds the work in z3's deterministic unit, 0 for no bound.
+
+        KeyboardInterrupt if somebody interrupts it.
+        """
         self._raw.set("rlimit", rlimit)
         answer = self._raw.check(*assumptions)
         if answer == z3.unsat:
             return Answer.UNSAT
+        if answer == z3.unknown and self.reason() == "interrupted from keyboard":
+            raise KeyboardInterrupt  # z3 took the signal, and Python never hears of it
         return Answer.SAT if answer == z3.sat else Answer.UNKNOWN
 
     def model(self) -> Model:

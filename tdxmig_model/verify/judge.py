@@ -20,28 +20,59 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import partial
+from types import TracebackType
 from typing import Literal
 
 from tdxmig_model.errors import UsageError
-from tdxmig_model.explore import Exploration, explore
+from tdxmig_model.explore import Exploration, directed, explore
 from tdxmig_model.expr import Instance, Interpreter, Node, Property, System, not_
+from tdxmig_model.model.words import PUBLIC_REPAIRS, TDX_1_5_01
+from tdxmig_model.pool import pool
 from tdxmig_model.smt.bounded import inside, search
 from tdxmig_model.smt.induction import Induction, Prover, Query, known, prove
 from tdxmig_model.smt.lemmas import count_lemmas
-from tdxmig_model.smt.runs import Run, replay
+from tdxmig_model.smt.runs import Run, replay, shortened
 from tdxmig_model.smt.z3api import Answer
 from tdxmig_model.story import Story, tell
+from tdxmig_model.verify.repairs import removed_by
 
 Verdict = Literal["proved", "exhausted", "bounded", "violated", "reachable", "vacuous", "unknown"]
 
-SMALL = {"Page": 1, "Stream": 1, "Vcpu": 1, "Message": 6, "Epoch": 4}
-LARGER = {"Page": 2, "Stream": 2, "Vcpu": 2, "Message": 7, "Epoch": 4}
+SMALL = {
+    "Page": 1,
+    "Stream": 1,
+    "Vcpu": 1,
+    "Message": 6,
+    "Epoch": 4,
+    "Entry": 1,
+    "Field": 4,
+    "Exchange": 3,
+    "Key": 5,
+    "Use": 3,
+    "Counter": 1,
+}
+LARGER = {
+    "Page": 2,
+    "Stream": 2,
+    "Vcpu": 2,
+    "Message": 7,
+    "Epoch": 4,
+    "Field": 5,
+    "Exchange": 4,
+    "Key": 6,
+    "Use": 4,
+    "Counter": 2,
+}
 """Sizes of the instances that are searched, by index; any other index has two elements."""
 
 STATES = 200_000
-"""How many states an explicit search visits before bounded checking takes over."""
+"""How many states a breadth-first search visits before the others take over."""
+
+DIRECTED_STATES = 20_000
+"""How many states a directed search visits before bounded checking takes over."""
 
 DEPTH = 16
 """Steps to which bounded checking looks for a run."""
@@ -64,6 +95,15 @@ class Row:
     ms: float
     story: Story | None = None
     detail: str = ""
+    removed_by: tuple[str, ...] = ()
+    """The repairs that remove the counterexample, each alone, from the published module."""
+
+    @property
+    def kind(self) -> str:
+        """Of a violation: "public" if a repair with a public reference removes it."""
+        if self.verdict != "violated" or self.level == "lemma":
+            return ""
+        return "public" if PUBLIC_REPAIRS & set(self.removed_by) else "unreported"
 
     @property
     def holds(self) -> bool:
@@ -85,6 +125,8 @@ class Row:
             "ms": round(self.ms, 1),
             "counterexample": told,
             "detail": self.detail,
+            "kind": self.kind,
+            "removed_by": list(self.removed_by),
         }
 
 
@@ -137,6 +179,17 @@ def as_run(
     return replay(system, instance, moves, wanted)
 
 
+def direct(
+    system: System, instance: Instance, formula: Node, limit: int = DIRECTED_STATES
+) -> Run | None:
+    """A run that the directed search finds, replayed and shortened."""
+    found = directed(system, instance, formula, ceiling=ceiling(instance), limit=limit)
+    if found.trace is None:
+        return None
+    moves = [(s.step, s.params) for s in found.trace]
+    return shortened(system, replay(system, instance, moves, formula), formula)
+
+
 def reach(
     system: System,
     instance: Instance,
@@ -147,7 +200,8 @@ def reach(
     seed: int = 0,
     shortest: bool = True,
 ) -> Reached:
-    """Runs to states with each of the wanted formulas: explicit search, then bounded checking.
+    """Runs to states with each of the wanted formulas: breadth-first search, then a directed one,
+    then bounded checking.
 
     Every run that is found is looked through for the other formulas before these are searched for.
     """
@@ -163,15 +217,18 @@ def reach(
     for name, formula in formulas.items():
         if name in runs or exhausted:
             continue
-        found = search(system, instance, formula, depth=depth, seed=seed, shortest=shortest)
-        searched[name] = max(searched[name], found.depth)
-        if found.run is None:
+        run = direct(system, instance, formula)
+        if run is None:
+            found = search(system, instance, formula, depth=depth, seed=seed, shortest=shortest)
+            searched[name] = max(searched[name], found.depth)
+            run = found.run
+        if run is None:
             continue
-        runs[name] = found.run
-        taken |= {step for step, _ in found.run.moves}
+        runs[name] = run
+        taken |= {step for step, _ in run.moves}
         for other, also in formulas.items():
             if other not in runs:
-                _look_through(interpreter, found.run, other, also, runs)
+                _look_through(interpreter, run, other, also, runs)
     return Reached(runs, searched, exhausted, frozenset(taken))
 
 
@@ -223,7 +280,7 @@ def verify(
         reaching = aside.submit(part, instance, wanted, depth, seed)
         induction = prove(part, seed=seed, jobs=jobs, progress=tick)
         reached = reaching.result()
-    judge = _Judge(part, instance, induction, reached, depth, seed)
+    judge = _Judge(system, profile, part, instance, induction, reached, depth, seed)
     rows = [judge.property(p) for p in chosen]
     if properties is None:
         rows += _count_rows(part)
@@ -282,14 +339,22 @@ class _Aside:
     """The search for witnesses: in a process of its own while the proof runs, or in line."""
 
     def __init__(self, parallel: bool) -> None:
-        self._pool = ProcessPoolExecutor(1) if parallel else None
+        self._parallel = parallel
+        self._pool: ProcessPoolExecutor | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> _Aside:
+        if self._parallel:
+            self._pool = self._stack.enter_context(pool(1))
         return self
 
-    def __exit__(self, *_exception: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(cancel_futures=True)
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.__exit__(kind, error, traceback)
 
     def submit(
         self,
@@ -312,6 +377,8 @@ class _Judge:
 
     def __init__(
         self,
+        system: System,
+        profile: str,
         part: System,
         instance: Instance,
         induction: Induction,
@@ -319,6 +386,8 @@ class _Judge:
         depth: int,
         seed: int,
     ) -> None:
+        self.whole = system
+        self.profile = profile
         self.part = part
         self.instance = instance
         self.induction = induction
@@ -359,6 +428,9 @@ class _Judge:
         """Look for a counterexample to a property whose induction failed."""
         begun = time.perf_counter()
         detail = self.induction.why(claimed.identifier)
+        if claimed.level == "lemma":  # it claims nothing by itself: no counterexample is looked for
+            ms = self.induction.ms_of(claimed.identifier)
+            return _row(claimed, "unknown", "not inductive", None, ms, None, detail)
         bad = {claimed.identifier: not_(claimed.formula)}
         found = reach(self.part, self.instance, bad, depth=self.depth, seed=self.seed)
         ms = (time.perf_counter() - begun) * 1000 + self.induction.ms_of(claimed.identifier)
@@ -366,7 +438,10 @@ class _Judge:
         searched = found.searched[claimed.identifier]
         if run is not None:
             story = tell(self.part, run, broken=claimed)
-            return _row(claimed, "violated", f"search in {self.sizes}", run.depth, ms, story)
+            row = _row(claimed, "violated", f"search in {self.sizes}", run.depth, ms, story)
+            published = self.profile == TDX_1_5_01
+            removed = removed_by(self.whole, run, claimed) if published else ()
+            return replace(row, removed_by=removed)
         verdict: Verdict = "exhausted" if found.exhausted else "bounded"
         if not searched:
             verdict = "unknown"

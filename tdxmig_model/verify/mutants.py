@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 from tdxmig_model.errors import UsageError
 from tdxmig_model.explore import explore
-from tdxmig_model.expr import Interpreter, Node, Property, System, any_of, not_
+from tdxmig_model.expr import Instance, Interpreter, Node, Property, System, any_of, not_
+from tdxmig_model.pool import pool
 from tdxmig_model.smt.bounded import inside, search
 from tdxmig_model.smt.induction import Prover, conjuncts, known, prove
 from tdxmig_model.smt.runs import Run, replay
 from tdxmig_model.smt.z3api import Answer
 from tdxmig_model.story import Story, tell
-from tdxmig_model.verify.judge import LARGER, SMALL, ceiling, small_instance
+from tdxmig_model.verify.judge import LARGER, SMALL, ceiling, direct, small_instance
 
 Outcome = Literal["killed", "equivalent", "survivor"]
 Deletion = tuple[str, str]
@@ -29,6 +29,7 @@ Deletion = tuple[str, str]
 
 UNCHANGED = "induction without the conjunct"
 STATES = 100_000
+DIRECTED_STATES = 5_000
 DEPTH = 16
 """How many steps bounded checking looks ahead."""
 
@@ -135,8 +136,8 @@ def _mapped(
     if jobs == 1 or len(chosen) == 1:
         yield from map(judge, chosen)
         return
-    with ProcessPoolExecutor(jobs) as pool:
-        yield from pool.map(judge, chosen)
+    with pool(jobs) as workers:
+        yield from workers.map(judge, chosen)
 
 
 def judge_deletion(
@@ -177,7 +178,13 @@ def judge_deletion(
     if _still_inductive(part, mutant, seed):
         return done("equivalent", UNCHANGED)
     hunt = _Hunt(mutant, seed)
-    run = hunt.explicitly(aimed)
+    run = hunt.explicitly(aimed, hunt.small)
+    if run is not None:
+        return done("killed", "explicit search", run)
+    run = hunt.directed(aimed)
+    if run is not None:
+        return done("killed", "directed search", run)
+    run = hunt.explicitly(aimed, hunt.larger)
     if run is not None:
         return done("killed", "explicit search", run)
     induction = prove(mutant, seed=seed, patient=False)
@@ -187,7 +194,12 @@ def judge_deletion(
     if run is not None:
         return done("killed", "bounded checking", run)
     others = [p for p in unproved if p not in aimed]
-    run = hunt.explicitly(others) or hunt.bounded(others, depth)
+    run = (
+        hunt.explicitly(others, hunt.small)
+        or hunt.directed(others)
+        or hunt.explicitly(others, hunt.larger)
+        or hunt.bounded(others, depth)
+    )
     if run is not None:
         return done("killed", "search for other properties", run)
     if any(p in unproved for p in aimed):
@@ -219,7 +231,7 @@ def _still_inductive(part: System, mutant: System, seed: int) -> bool:
 
 
 class _Hunt:
-    """The search for a run to a bad state: explicit in each instance, then bounded checking."""
+    """The search for a run to a bad state: breadth first, then directed, then bounded."""
 
     def __init__(self, mutant: System, seed: int) -> None:
         self.mutant = mutant
@@ -228,25 +240,33 @@ class _Hunt:
         self.larger = small_instance(mutant, LARGER)
         self.visited: dict[str, None] = {}
 
-    def explicitly(self, claims: Sequence[Property]) -> Run | None:
+    def explicitly(self, claims: Sequence[Property], instance: Instance) -> Run | None:
         """A shortest run, within the first states of an instance, that breaks some claim."""
         if not claims:
             return None
-        for instance in (self.small, self.larger):
-            formula = inside(_any_false(claims), instance)
-            seen = explore(
-                self.mutant,
-                instance,
-                bad=formula,
-                limit=STATES,
-                ceiling=ceiling(instance),
-                digest=False,
-            )
-            if seen.trace is not None:
-                moves = [(s.step, s.params) for s in seen.trace]
-                return replay(self.mutant, instance, moves, formula)
-            whole = "the first" if seen.truncated else "all"
-            self.visited[f"{whole} {seen.states} states"] = None
+        formula = inside(_any_false(claims), instance)
+        seen = explore(
+            self.mutant,
+            instance,
+            bad=formula,
+            limit=STATES,
+            ceiling=ceiling(instance),
+            digest=False,
+        )
+        if seen.trace is not None:
+            moves = [(s.step, s.params) for s in seen.trace]
+            return replay(self.mutant, instance, moves, formula)
+        whole = "the first" if seen.truncated else "all"
+        self.visited[f"{whole} {seen.states} states"] = None
+        return None
+
+    def directed(self, claims: Sequence[Property]) -> Run | None:
+        """A run of the small instance that breaks a claim, each claim by itself."""
+        for claimed in claims:
+            formula = inside(not_(claimed.formula), self.small)
+            run = direct(self.mutant, self.small, formula, DIRECTED_STATES)
+            if run is not None:
+                return run
         return None
 
     def bounded(self, claims: Sequence[Property], depth: int) -> Run | None:

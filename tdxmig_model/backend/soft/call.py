@@ -10,6 +10,8 @@ and without the prefix TDX_; BUSY is OPERAND_BUSY.  "The prologue's" are those o
 begins with: the page of the TDR or TDVPR, BUSY|TDR, TD_FATAL, TD_KEYS_NOT_CONFIGURED,
 TDCS_NOT_ALLOCATED, BUSY|OP_STATE and OP_STATE_INCORRECT.  Those of a page, such as "RCX page", are
 OPERAND_INVALID, OPERAND_ADDR_RANGE_ERROR, BUSY and PAGE_METADATA_INCORRECT with that operand.
+"Source" is the file of the public source of that release, below src/, whose checks and effects the
+leaf follows.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 from tdxmig_model.backend.soft.locks import Lock, Mode
 from tdxmig_model.backend.soft.memory import HKID_SHIFT, PAGE_MASK, Memory, PageType
 from tdxmig_model.backend.soft.op_state import Leaf, OpState
+from tdxmig_model.backend.soft.sept import LOCK_BIT
 from tdxmig_model.backend.soft.state import (
     MIN_TDCS_PAGES,
     Interrupt,
@@ -34,6 +37,7 @@ from tdxmig_model.backend.soft.state import (
     Tdvps,
 )
 from tdxmig_model.backend.soft.status import FATAL_BIT, Operand, Status, with_operand
+from tdxmig_model.errors import ModuleHalted
 from tdxmig_model.wire.constants import MBMD_SIZE
 
 if TYPE_CHECKING:
@@ -105,6 +109,7 @@ class Call:
     """The context of one leaf in progress."""
 
     __slots__ = (
+        "_entries",
         "_locks",
         "_pages",
         "interleaved",
@@ -134,6 +139,7 @@ class Call:
         self.interleaved = interleaved
         self._locks: list[tuple[Lock, Mode]] = []
         self._pages: list[tuple[int, Mode]] = []
+        self._entries: list[int] = []
 
     def interrupted(self) -> bool:
         """Is a host interrupt pending?"""
@@ -145,6 +151,11 @@ class Call:
         if drawn is None:
             raise refuse(Status.TDX_RND_NO_ENTROPY)
         return drawn
+
+    def halt(self, tdcs: Tdcs, finding: str) -> ModuleHalted:
+        """The exception for a state that the module excludes: hardware stops here for good."""
+        leaf = f"TDH.{self.leaf.name.replace('_', '.')}"
+        return ModuleHalted(leaf, tdcs.op_state.name, finding)
 
     # --- locks ---------------------------------------------------------------------------------
 
@@ -163,16 +174,34 @@ class Call:
     @property
     def holds_locks(self) -> bool:
         """Would anybody find a lock of this call taken?"""
-        return bool(self._locks or self._pages)
+        return bool(self._locks or self._pages or self._entries)
 
     def release_all(self) -> None:
-        """Give back everything, last taken first."""
+        """Give back everything: Secure EPT entries, locks, pages, of each kind the last first."""
+        while self._entries:
+            self.memory.words[self._entries.pop()] &= ~LOCK_BIT
         while self._locks:
             lock, mode = self._locks.pop()
             lock.release(mode)
         while self._pages:
             hpa, mode = self._pages.pop()
             self.memory.unlock(hpa, mode)
+
+    # --- Secure EPT entries --------------------------------------------------------------------
+
+    def take_entry(self, slot: int) -> Steps[bool]:
+        """Lock a Secure EPT entry until the call ends; False if somebody else has it locked."""
+        yield Point.LOCK
+        if self.memory.words[slot] & LOCK_BIT:
+            return False
+        self.memory.words[slot] |= LOCK_BIT
+        self._entries.append(slot)
+        return True
+
+    def write_entry(self, slot: int, entry: int) -> None:
+        """Another value for an entry; whether it is locked does not change."""
+        words = self.memory.words
+        words[slot] = entry & ~LOCK_BIT | words[slot] & LOCK_BIT
 
     # --- physical pages ------------------------------------------------------------------------
 
@@ -186,12 +215,16 @@ class Call:
     def take_page(self, hpa: int, operand: Operand, mode: Mode, kind: PageType) -> Steps[None]:
         """Check a private page operand and lock its PAMT entry until the call ends."""
         self.check_private(hpa, operand)
+        yield from self.take_pamt(hpa, operand, mode)
+        if self.memory.page_type[hpa >> 12] != kind:
+            raise refuse(Status.TDX_PAGE_METADATA_INCORRECT, operand)
+
+    def take_pamt(self, hpa: int, operand: Operand, mode: Mode) -> Steps[None]:
+        """Lock the PAMT entry of a page until the call ends; BUSY on conflict."""
         yield Point.LOCK
         if not self.memory.try_lock(hpa, mode):
             raise refuse(Status.TDX_OPERAND_BUSY, operand)
         self._pages.append((hpa, mode))
-        if self.memory.page_type[hpa >> 12] != kind:
-            raise refuse(Status.TDX_PAGE_METADATA_INCORRECT, operand)
 
     def take_new_page(self, hpa: int, operand: Operand) -> Steps[None]:
         """A free page that the TD is to own."""
@@ -262,10 +295,7 @@ class Call:
     def take_owner(self, hpa: int) -> Steps[Tdr]:
         """Lock the TDR that owns this page, shared."""
         owner = self.memory.owner[hpa >> 12]
-        yield Point.LOCK
-        if not self.memory.try_lock(owner, Mode.SHARED):
-            raise refuse(Status.TDX_OPERAND_BUSY, Operand.TDR)
-        self._pages.append((owner, Mode.SHARED))
+        yield from self.take_pamt(owner, Operand.TDR, Mode.SHARED)
         return self.module.tdrs[owner]
 
     # --- migration streams ---------------------------------------------------------------------

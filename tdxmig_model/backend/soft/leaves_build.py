@@ -69,6 +69,7 @@ def mng_create(call: Call) -> Steps[int]:
 
     In: RCX free page, which becomes the TDR; RDX HKID.
     Status: OPERAND_INVALID|RDX; RCX page; BUSY|KOT; HKID_NOT_FREE; RND_NO_ENTROPY.
+    Source: tdh_mng_create.c.
     """
     registers, module = call.registers, call.module
     hkid = registers.rdx
@@ -91,6 +92,7 @@ def mng_key_config(call: Call) -> Steps[int]:
 
     In: RCX TDR, exclusive.
     Status: RCX page; TD_FATAL; LIFECYCLE_STATE_INCORRECT.
+    Source: tdh_mng_key_config.c.
     """
     yield from call.take_page(call.registers.rcx, Operand.RCX, Mode.EXCLUSIVE, PageType.TDR)
     tdr = call.module.tdrs[call.registers.rcx]
@@ -107,8 +109,10 @@ def mng_addcx(call: Call) -> Steps[int]:
 
     In: RCX free page; RDX TDR, exclusive.
     Status: the prologue's; TDCX_NUM_INCORRECT; RCX page; RND_NO_ENTROPY.
+    Source: tdh_mng_add_cx.c.
 
     The sixth page completes the TDCS: OP_STATE is UNINITIALIZED, MIG_ENC_KEY random.
+    Repair R3 (hardened): OP_STATE_INCORRECT while the start of an import is interrupted.
     """
     registers = call.registers
     yield from call.take_page(registers.rdx, Operand.RDX, Mode.EXCLUSIVE, PageType.TDR)
@@ -135,14 +139,17 @@ def mng_init(call: Call) -> Steps[int]:
     """TDH.MNG.INIT (21, TDX module 1.5.01): set a TD up by its parameters; INITIALIZED.
 
     In: RCX TDR, exclusive; RDX TD_PARAMS (1024 bytes, aligned to their size).
+    Out: RCX 0.
     Status: the prologue's; OPERAND_INVALID|RDX or the item at fault.
+    Source: tdh_mng_init.c.
 
     TD_PARAMS is read, checked and stored item by item: a call that fails leaves what came
     before.
     """
     registers = call.registers
-    params_hpa = registers.rdx
-    tdr, tdcs = yield from call.enter_td(Operand.RCX, registers.rcx, Mode.EXCLUSIVE, None)
+    tdr_hpa, params_hpa = registers.rcx, registers.rdx
+    registers.rcx = 0
+    tdr, tdcs = yield from call.enter_td(Operand.RCX, tdr_hpa, Mode.EXCLUSIVE, None)
     if not call.memory.shared_ok(params_hpa, TD_PARAMS_SIZE, TD_PARAMS_SIZE):
         raise refuse(Status.TDX_OPERAND_INVALID, Operand.RDX)
     if not call.module.demonstration:
@@ -234,6 +241,7 @@ def mr_finalize(call: Call) -> Steps[int]:
 
     In: RCX TDR, exclusive.
     Status: the prologue's; NO_VCPUS.
+    Source: tdh_mr_finalize.c.
     """
     _, tdcs = yield from call.enter_td(Operand.RCX, call.registers.rcx, Mode.EXCLUSIVE, None)
     if tdcs.num_vcpus == 0:
@@ -250,6 +258,7 @@ def vp_create(call: Call) -> Steps[int]:
 
     In: RCX free page, which becomes the TDVPR; RDX TDR.
     Status: the prologue's; RCX page.
+    Source: tdh_vp_create.c.
     """
     registers = call.registers
     tdr, _ = yield from call.enter_td(Operand.RDX, registers.rdx, Mode.SHARED, Mode.SHARED)
@@ -264,6 +273,7 @@ def vp_addcx(call: Call) -> Steps[int]:
 
     In: RCX free page; RDX TDVPR.
     Status: the prologue's; VCPU_STATE_INCORRECT; TDCX_NUM_INCORRECT; RCX page.
+    Source: tdh_vp_addcx.c.
     """
     registers = call.registers
     vcpu_hpa = registers.rdx
@@ -283,6 +293,7 @@ def vp_init(call: Call) -> Steps[int]:
 
     In: RCX TDVPR; RDX initial value of the guest's RCX and R8.
     Status: the prologue's; TDCX_NUM_INCORRECT; VCPU_STATE_INCORRECT; MAX_VCPUS_EXCEEDED.
+    Source: tdh_vp_init.c.
     """
     registers = call.registers
     _, tdcs, vcpu = yield from call.enter_vcpu(registers.rcx, Operand.RCX, Mode.EXCLUSIVE)
@@ -312,6 +323,7 @@ def vp_flush(call: Call) -> Steps[int]:
 
     In: RCX TDVPR.
     Status: RCX page; BUSY|TDR; TD_KEYS_NOT_CONFIGURED; TDCX_NUM_INCORRECT; VCPU_NOT_ASSOCIATED.
+    Source: tdh_vp_flush.c.
     """
     hpa = call.registers.rcx
     yield from call.take_page(hpa, Operand.RCX, Mode.EXCLUSIVE, PageType.TDVPR)
@@ -334,6 +346,7 @@ def mng_vpflushdone(call: Call) -> Steps[int]:
 
     In: RCX TDR, exclusive.
     Status: RCX page; BUSY|KOT; LIFECYCLE_STATE_INCORRECT; FLUSHVP_NOT_DONE.
+    Source: tdh_mng_vpflushdone.c.
     """
     yield from call.take_page(call.registers.rcx, Operand.RCX, Mode.EXCLUSIVE, PageType.TDR)
     yield from call.take(call.module.kot_lock, Mode.EXCLUSIVE, Operand.KOT)
@@ -354,6 +367,7 @@ def phymem_cache_wb(call: Call) -> Steps[int]:
 
     In: RCX 0 or 1 (resume); it is never interrupted here.
     Status: OPERAND_INVALID|RCX; BUSY|KOT; NO_HKID_READY_TO_WBCACHE.
+    Source: tdh_phymem_cache_wb.c.
     """
     if call.registers.rcx > 1:
         raise refuse(Status.TDX_OPERAND_INVALID, Operand.RCX)
@@ -372,6 +386,7 @@ def mng_key_freeid(call: Call) -> Steps[int]:
 
     In: RCX TDR, exclusive.
     Status: RCX page; LIFECYCLE_STATE_INCORRECT; BUSY|KOT; WBCACHE_NOT_COMPLETE.
+    Source: tdh_mng_key_freeid.c.
     """
     yield from call.take_page(call.registers.rcx, Operand.RCX, Mode.EXCLUSIVE, PageType.TDR)
     tdr = call.module.tdrs[call.registers.rcx]
@@ -392,6 +407,7 @@ def phymem_page_reclaim(call: Call) -> Steps[int]:
     Out: RCX page type; RDX owner TDR; R8 page size 0.
     Status: RCX page; PAGE_METADATA_INCORRECT|RCX; LIFECYCLE_STATE_INCORRECT;
         TD_ASSOCIATED_PAGES_EXIST.
+    Source: tdh_phymem_page_reclaim.c.
     """
     registers, memory, module = call.registers, call.memory, call.module
     hpa = registers.rcx
@@ -422,7 +438,9 @@ def mig_stream_create(call: Call) -> Steps[int]:
     """TDH.MIG.STREAM.CREATE (96, TDX module 1.5.01): make a free page a migration stream context.
 
     In: RCX free page; RDX TDR.  The first stream is the backward one.
-    Status: the prologue's; BUSY|MIG; MAX_MIGS_NUM_EXCEEDED; RCX page.
+    Status: the prologue's; BUSY|MIG; MAX_MIGS_NUM_EXCEEDED; RCX page: OPERAND_INVALID,
+        OPERAND_ADDR_RANGE_ERROR, BUSY, PAGE_METADATA_INCORRECT.
+    Source: tdh_mig_stream_create.c.
     """
     registers = call.registers
     tdr, tdcs = yield from call.enter_td(Operand.RDX, registers.rdx, Mode.SHARED, Mode.EXCLUSIVE)

@@ -19,7 +19,13 @@ from tdxmig_model.backend.soft.gpa_entries import (
     gpa_list,
     with_status,
 )
-from tdxmig_model.backend.soft.leaves_memory import entry_in, page_info, private_gpa, walk
+from tdxmig_model.backend.soft.leaves_memory import (
+    entry_in,
+    entry_operands,
+    page_info,
+    private_gpa,
+    walk,
+)
 from tdxmig_model.backend.soft.locks import Mode
 from tdxmig_model.backend.soft.op_state import OpState
 from tdxmig_model.backend.soft.sept import (
@@ -63,6 +69,7 @@ def export_blockw(call: Call) -> Steps[int]:
     Out: RCX the next entry; RAX 31:0 entries with a problem; list entries with their status.
     Status: the prologue's; BUSY|SEPT_TREE; OPERAND_INVALID|RCX or GPA_LIST_ENTRY;
         INTERRUPTED_RESUMABLE (call again with RCX).
+    Source: tdh_export_blockw.c.
 
     BW_EPOCH becomes TD_EPOCH with each page.
     """
@@ -74,7 +81,9 @@ def export_restore(call: Call) -> Steps[int]:
 
     In: RCX GPA_LIST_INFO; RDX TDR.
     Out: RCX the next entry; RAX 31:0 entries with a problem; list entries with their status.
-    Status: those of TDH.EXPORT.BLOCKW.
+    Status: the prologue's; BUSY|SEPT_TREE; OPERAND_INVALID|RCX or GPA_LIST_ENTRY;
+        INTERRUPTED_RESUMABLE (call again with RCX).
+    Source: tdh_export_restore.c.
 
     MIG_COUNT - 1 with each page; DIRTY_COUNT stays as it is.
     """
@@ -98,6 +107,8 @@ def _restore(call: Call, tdcs: Tdcs, slot: int) -> GpaStatus:
     state = RESTORE.get(STATE_OF[entry & STATE_MASK])
     if state is None:
         return GpaStatus.SEPT_ENTRY_STATE_INCORRECT
+    if not tdcs.mig_count:
+        raise call.halt(tdcs, "MIG_COUNT is 0 although a page is exported")
     words[slot] = writable(entry, state)
     tdcs.mig_count -= 1
     return GpaStatus.SUCCESS
@@ -165,23 +176,23 @@ def export_unblockw(call: Call) -> Steps[int]:
     """TDH.EXPORT.UNBLOCKW (75, TDX module 1.5.01): let the guest write a page again.
 
     In: RCX GPA, level 0; RDX TDR.
-    Out: RCX and RDX the Secure EPT entry and its level and state, if they are at fault.
+    Out: RCX and RDX the Secure EPT entry and its level and state, if they are at fault, or 0.
     Status: the prologue's; OPERAND_INVALID|RCX; BUSY|SEPT_TREE; EPT_WALK_FAILED|RCX; BUSY|RCX;
         EPT_ENTRY_STATE_INCORRECT|RCX.
+    Source: tdh_export_unblockw.c.
 
     DIRTY_COUNT + 1 if the page was exported and clean.
     """
-    registers, words = call.registers, call.memory.words
-    info = registers.rcx
-    _, tdcs = yield from call.enter_td(Operand.RDX, registers.rdx, Mode.SHARED, Mode.SHARED)
+    info, tdr_hpa = entry_operands(call)
+    _, tdcs = yield from call.enter_td(Operand.RDX, tdr_hpa, Mode.SHARED, Mode.SHARED)
     gpa, _ = page_info(info, 0, 0)
     private_gpa(gpa)
     yield from call.take(tdcs.sept_lock, Mode.SHARED, Operand.SEPT_TREE)
-    slot = tdcs.sept.slot(gpa)
-    if slot < 0:
-        slot = walk(call, tdcs, gpa, 0)
+    slot = walk(call, tdcs, gpa, 0)
+    if not (yield from call.take_entry(slot)):
+        raise refuse(Status.TDX_OPERAND_BUSY, Operand.RCX)
     state = entry_in(call, slot, _UNBLOCKW_STATES)
-    words[slot] = writable(words[slot], UNBLOCKW[state])
+    call.write_entry(slot, writable(call.memory.words[slot], UNBLOCKW[state]))
     if state in EXPORTED_STATES and state not in DIRTY_STATES:
         tdcs.dirty_count += 1
     return Status.TDX_SUCCESS
@@ -198,6 +209,7 @@ def export_track(call: Call) -> Steps[int]:
     Status: the prologue's; BUSY|MIG; OPERAND_INVALID|R10, |R8; BUSY|MIGSC;
         MIGRATION_STREAM_STATE_INCORRECT; MIGRATION_EPOCH_OVERFLOW; OP_STATE_INCORRECT;
         EXPORTED_DIRTY_PAGES_REMAIN.
+    Source: tdh_export_track.c.
 
     Repair R1 (hardened): INVALID_RESUMPTION while a memory bundle is unfinished.
     """
@@ -248,8 +260,11 @@ def export_pause(call: Call) -> Steps[int]:
 
     In: RCX TDR, exclusive, so that no vCPU is in the guest.
     Status: the prologue's.
+    Source: tdh_export_pause.c.
     """
     _, tdcs = yield from call.enter_td(Operand.RCX, call.registers.rcx, Mode.EXCLUSIVE, None)
+    if any(tdcs.refcount):
+        raise call.halt(tdcs, f"REFCOUNT is {tdcs.refcount} although no vCPU can be in the guest")
     tdcs.td_epoch += 1
     tdcs.op_state = OpState.PAUSED_EXPORT
     return Status.TDX_SUCCESS
@@ -261,6 +276,7 @@ def export_abort(call: Call) -> Steps[int]:
     In: RCX TDR; R8 0, or in POST_EXPORT the MBMD of an abort token; R10 0.
     Status: the prologue's; BUSY|MIG; OPERAND_INVALID|R10, |R8; INVALID_MBMD; BUSY|MIGSC;
         INCORRECT_MBMD_MAC.
+    Source: tdh_export_abort.c.
     """
     registers = call.registers
     _, tdcs = yield from call.enter_td(Operand.RCX, registers.rcx, Mode.SHARED, Mode.EXCLUSIVE)

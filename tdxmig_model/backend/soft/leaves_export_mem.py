@@ -152,6 +152,7 @@ def export_mem(call: Call) -> Steps[int]:
         OPERAND_INVALID|RCX, |R9, |R11, |R12, |R8; MIGRATION_STREAM_STATE_INCORRECT;
         INVALID_RESUMPTION; OPERAND_INVALID|GPA_LIST_ENTRY, |MIG_BUFF_LIST_ENTRY (1.5.01);
         INTERRUPTED_RESUMABLE.
+    Source: tdh_export_mem.c.
     """
     registers = call.registers
     _, tdcs = yield from call.enter_td(Operand.RDX, registers.rdx, Mode.SHARED, Mode.SHARED)

@@ -78,6 +78,10 @@ def export_state_immutable(call: Call) -> Steps[int]:
         MIGRATION_DECRYPTION_KEY_NOT_SET; RND_NO_ENTROPY; MAX_EXPORTS_EXCEEDED;
         MIGRATION_STREAM_STATE_INCORRECT; INVALID_RESUMPTION;
         OPERAND_INVALID|MIG_BUFF_LIST_ENTRY; INTERRUPTED_RESUMABLE.
+    Source: tdh_export_state_immutable.c.
+
+    Repair R5 (hardened): INVALID_MIGRATION_DECRYPTION_KEY for a degenerate key.  Repair R4
+    (hardened): OP_STATE_INCORRECT for a NEW call while one is interrupted.
     """
     registers = call.registers
     hpa, registers.rdx = registers.rcx, 0
@@ -98,7 +102,8 @@ def export_state_immutable(call: Call) -> Steps[int]:
     else:
         call.shared_page(page_list(call, MIN_PAGES["immutable"]).hpa, Operand.R9)
         record = _start_session(call, tdcs, link)
-    list_size = DEMONSTRATION_LIST_SIZE if call.module.demonstration else PAGE_SIZE
+    module = call.module
+    list_size = DEMONSTRATION_LIST_SIZE if module.demonstration else module.list_size
     state = _State(link, "immutable", immutable_pages(tdr, tdcs, list_size), operands)
     with _interruptible_start(call, tdcs):
         mac = yield from _export_pages(call, state, record)
@@ -191,19 +196,19 @@ def immutable_pages(tdr: Tdr, tdcs: Tdcs, list_size: int = PAGE_SIZE) -> list[by
     return build_lists("immutable", values, list_size=list_size)
 
 
-def td_pages(tdcs: Tdcs) -> list[bytes]:
+def td_pages(tdcs: Tdcs, list_size: int = PAGE_SIZE) -> list[bytes]:
     """Metadata pages of the mutable TD state."""
     values: dict[str, Value] = _of_scope(tdcs.fields, "td")
     values.update(
         IMPORT_COUNT=tdcs.import_count, SERVTD_BINDINGS_TABLE=bindings_table(tdcs.binding)
     )
-    return build_lists("td", values)
+    return build_lists("td", values, list_size=list_size)
 
 
-def vcpu_pages(vcpu: Tdvps) -> list[bytes]:
+def vcpu_pages(vcpu: Tdvps, list_size: int = PAGE_SIZE) -> list[bytes]:
     """Metadata pages of one vCPU."""
     values = {**vcpu.registers, "VCPU_STATE": int(vcpu.state)}
-    return build_lists("vp", values)
+    return build_lists("vp", values, list_size=list_size)
 
 
 def _of_scope(fields: dict[str, Value], scope: Scope) -> dict[str, Value]:
@@ -225,6 +230,9 @@ def export_state_td(call: Call) -> Steps[int]:
     Status: the prologue's; OPERAND_INVALID|R10; BUSY|MIGSC; MIGRATION_STREAM_STATE_INCORRECT;
         INVALID_RESUMPTION; OPERAND_INVALID|R9, |MIG_BUFF_LIST_ENTRY, |R8 (last);
         INTERRUPTED_RESUMABLE.
+    Source: tdh_export_state_td.c.
+
+    Repair R1 (hardened): INVALID_RESUMPTION for NEW while a memory bundle is unfinished.
     """
     registers = call.registers
     registers.rdx = 0
@@ -247,7 +255,8 @@ def export_state_td(call: Call) -> Steps[int]:
             mig_version=tdcs.mig_working_version,
         )
         record = _new_record(call, migsc, mbmd)
-    yield from _finish(call, tdcs, _State(link, "td", td_pages(tdcs), operands), record)
+    pages = td_pages(tdcs, call.module.list_size)
+    yield from _finish(call, tdcs, _State(link, "td", pages, operands), record)
     return Status.TDX_SUCCESS
 
 
@@ -268,7 +277,12 @@ def export_state_vp(call: Call) -> Steps[int]:
     In: RCX TDVPR; R8 MBMD buffer; R9 PAGE_LIST_INFO; R10 stream 15:0 and command 63 (RESUME).
     Out: RDX pages written, so far if interrupted; MBMD and pages.
     Status: the prologue's; TDCX_NUM_INCORRECT; VCPU_STATE_INCORRECT; VCPU_ASSOCIATED;
-        VCPU_ALREADY_EXPORTED; OPERAND_INVALID|R10; then those of TDH.EXPORT.STATE.TD.
+        VCPU_ALREADY_EXPORTED; OPERAND_INVALID|R10; BUSY|MIGSC;
+        MIGRATION_STREAM_STATE_INCORRECT; INVALID_RESUMPTION; OPERAND_INVALID|R9,
+        |MIG_BUFF_LIST_ENTRY, |R8 (last); INTERRUPTED_RESUMABLE.
+    Source: tdh_export_state_vp.c.
+
+    Repair R1 (hardened): INVALID_RESUMPTION for NEW while a memory bundle is unfinished.
     """
     registers = call.registers
     hpa, registers.rdx = registers.rcx, 0
@@ -300,6 +314,7 @@ def export_state_vp(call: Call) -> Steps[int]:
             mig_version=tdcs.mig_working_version,
         )
         record = _new_record(call, migsc, mbmd)
-    yield from _finish(call, tdcs, _State(link, "vp", vcpu_pages(vcpu), operands), record)
+    pages = vcpu_pages(vcpu, call.module.list_size)
+    yield from _finish(call, tdcs, _State(link, "vp", pages, operands), record)
     vcpu.export_count = tdcs.export_count
     return Status.TDX_SUCCESS

@@ -67,11 +67,16 @@ def import_state_immutable(call: Call) -> Steps[int]:
 
     In: RCX TDR, exclusive; R8 MBMD; R9 PAGE_LIST_INFO; R10 command 63 (RESUME).
     Out: RCX and RDX details of a metadata error.
-    Status: the prologue's; MIN_MIGS_NOT_CREATED; OPERAND_INVALID|R10; BUSY|MIGSC;
-        MIGRATION_DECRYPTION_KEY_NOT_SET; RND_NO_ENTROPY; MIGRATION_STREAM_STATE_INCORRECT;
-        INVALID_RESUMPTION; INTERRUPTED_RESUMABLE; F(OPERAND_INVALID|R8, |R9, |PAGE);
-        F(INVALID_MBMD); F(NUM_MIGS_HIGHER_THAN_CREATED); F(INVALID_RESUMPTION);
-        F(INCORRECT_MBMD_MAC); F(of the metadata); F(OPERAND_INVALID|RDX).
+    Status: LIMIT_CPUID_MAXVAL_SET; the prologue's; MIN_MIGS_NOT_CREATED; OPERAND_INVALID|R10;
+        BUSY|MIGSC; MIGRATION_DECRYPTION_KEY_NOT_SET; RND_NO_ENTROPY;
+        MIGRATION_STREAM_STATE_INCORRECT; INVALID_RESUMPTION; INTERRUPTED_RESUMABLE;
+        F(OPERAND_INVALID|R8, |R9, |PAGE); F(INVALID_MBMD); F(NUM_MIGS_HIGHER_THAN_CREATED);
+        F(INVALID_RESUMPTION); F(INCORRECT_MBMD_MAC); F(INVALID_METADATA_LIST_HEADER, or another
+        status of the metadata); F(OPERAND_INVALID|RDX).
+    Source: tdh_import_state_immutable.c.
+
+    Repair R5 (hardened): INVALID_MIGRATION_DECRYPTION_KEY for a degenerate key.  Repair R3
+    (hardened): OP_STATE_INCORRECT for a NEW call while one is interrupted.
 
     F() sets FATAL and OP_STATE FAILED_IMPORT.
     """
@@ -80,6 +85,8 @@ def import_state_immutable(call: Call) -> Steps[int]:
 
 def _import_state_immutable(call: Call, hpa: int) -> Steps[int]:
     operands = (call.registers.r9,)
+    if call.lp.limits_cpuid:
+        raise refuse(Status.TDX_LIMIT_CPUID_MAXVAL_SET)
     tdr, tdcs = yield from call.enter_td(Operand.RCX, hpa, Mode.EXCLUSIVE, None)
     if tdcs.num_migs < 2:
         raise refuse(Status.TDX_MIN_MIGS_NOT_CREATED)
@@ -220,7 +227,9 @@ def import_state_td(call: Call) -> Steps[int]:
     Out: RCX and RDX details of a metadata error.
     Status: the prologue's; OPERAND_INVALID|R10; BUSY|MIGSC; MIGRATION_STREAM_STATE_INCORRECT;
         INVALID_RESUMPTION; INTERRUPTED_RESUMABLE; F(OPERAND_INVALID|R8, |R9, |PAGE);
-        F(INVALID_MBMD); F(INVALID_RESUMPTION); F(INCORRECT_MBMD_MAC); F(of the metadata).
+        F(INVALID_MBMD); F(INVALID_RESUMPTION); F(INCORRECT_MBMD_MAC);
+        F(INVALID_METADATA_LIST_HEADER, or another status of the metadata).
+    Source: tdh_import_state_td.c.
 
     F() sets FATAL and OP_STATE FAILED_IMPORT.
     """
@@ -261,8 +270,15 @@ def import_state_vp(call: Call) -> Steps[int]:
 
     In: RCX TDVPR; R8 MBMD; R9 PAGE_LIST_INFO; R10 stream 15:0 and command 63 (RESUME).
     Out: RCX and RDX details of a metadata error.
-    Status: the prologue's; TDCX_NUM_INCORRECT; then those of TDH.IMPORT.STATE.TD;
-        F(VCPU_STATE_INCORRECT); F(VCPU_ASSOCIATED); F(ALL_VCPUS_IMPORTED).
+    Status: the prologue's; TDCX_NUM_INCORRECT; OPERAND_INVALID|R10; BUSY|MIGSC;
+        MIGRATION_STREAM_STATE_INCORRECT; INVALID_RESUMPTION; INTERRUPTED_RESUMABLE;
+        F(VCPU_STATE_INCORRECT); F(OPERAND_INVALID|R8, |R9, |PAGE); F(INVALID_MBMD);
+        F(INVALID_RESUMPTION); F(VCPU_ASSOCIATED); F(INCORRECT_MBMD_MAC);
+        F(INVALID_METADATA_LIST_HEADER, or another status of the metadata);
+        F(ALL_VCPUS_IMPORTED).
+    Source: tdh_import_state_vp.c.
+
+    Repair R12 (hardened): F(METADATA_FIELD_VALUE_NOT_VALID) for another vCPU than the MBMD's.
 
     F() sets FATAL and OP_STATE FAILED_IMPORT.
     """
@@ -287,18 +303,29 @@ def _import_state_vp(call: Call, hpa: int) -> Steps[int]:
         begin_new(call, link)
         with failing_import(tdcs):
             record = _open_vcpu(call, tdcs, vcpu, link.migsc, index)
-    # Until the last page is accepted the vCPU is in a state that cannot be entered.
-    vcpu.state = VcpuState.IMPORT
     with failing_import(tdcs):
-        yield from _import_pages(call, link, record, 4, operands)
-        if tdcs.num_migrated_vcpus >= tdcs.num_vcpus:
+        yield from _import_vcpu_pages(call, link, record, vcpu, operands)
+        # Counted before it is compared, so that one too many is counted too.
+        tdcs.num_migrated_vcpus += 1
+        if tdcs.num_migrated_vcpus > tdcs.num_vcpus:
             raise refuse(Status.TDX_ALL_VCPUS_IMPORTED)
         _check_vcpu_index(call, tdcs, vcpu, record.mbmd)
     tdcs.imported_vcpus.add(vcpu.vcpu_index)
     vcpu.state = VcpuState.READY
-    tdcs.num_migrated_vcpus += 1
     tdcs.total_mb_count += 1
     return Status.TDX_SUCCESS
+
+
+def _import_vcpu_pages(
+    call: Call, link: MigscLink, record: Interrupted, vcpu: Tdvps, operands: tuple[int, ...]
+) -> Steps[None]:
+    """Interrupted, the vCPU is in a state of its own, which nothing but the RESUME accepts."""
+    try:
+        yield from _import_pages(call, link, record, 4, operands)
+    except Completion as ended:
+        if ended.status == Status.TDX_INTERRUPTED_RESUMABLE:
+            vcpu.state = VcpuState.IMPORT
+        raise
 
 
 def _check_vcpu_index(call: Call, tdcs: Tdcs, vcpu: Tdvps, mbmd: Mbmd) -> None:
@@ -325,6 +352,7 @@ def import_track(call: Call) -> Steps[int]:
     Status: the prologue's; OPERAND_INVALID|R10, |R8; BUSY|MIGSC;
         MIGRATION_STREAM_STATE_INCORRECT; F(INVALID_MBMD); F(INCORRECT_MBMD_MAC);
         F(SOME_VCPUS_NOT_MIGRATED).
+    Source: tdh_import_track.c.
 
     The start token makes OP_STATE POST_IMPORT.  F() sets FATAL and OP_STATE FAILED_IMPORT.
     """
@@ -363,6 +391,7 @@ def import_commit(call: Call) -> Steps[int]:
 
     In: RCX TDR, exclusive.
     Status: the prologue's.
+    Source: tdh_import_commit.c.
     """
     _, tdcs = yield from call.enter_td(Operand.RCX, call.registers.rcx, Mode.EXCLUSIVE, None)
     tdcs.import_count += 1
@@ -375,6 +404,7 @@ def import_end(call: Call) -> Steps[int]:
 
     In: RCX TDR, exclusive.
     Status: the prologue's.
+    Source: tdh_import_end.c.
     """
     _, tdcs = yield from call.enter_td(Operand.RCX, call.registers.rcx, Mode.EXCLUSIVE, None)
     if tdcs.op_state is not OpState.LIVE_IMPORT:
@@ -389,6 +419,7 @@ def import_abort(call: Call) -> Steps[int]:
     In: RCX TDR, exclusive; R8 MBMD buffer; R10 0.
     Out: an abort token in the MBMD.
     Status: SUCCESS with the FATAL bit; the prologue's; OPERAND_INVALID|R10, |R8; BUSY|MIGSC.
+    Source: tdh_import_abort.c.
 
     It can be repeated, for another token.
     """

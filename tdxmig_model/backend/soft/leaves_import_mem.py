@@ -36,6 +36,7 @@ from tdxmig_model.backend.soft.gpa_entries import (
 from tdxmig_model.backend.soft.leaves_export_mem import mac_place, memory_lists
 from tdxmig_model.backend.soft.locks import Mode
 from tdxmig_model.backend.soft.memory import (
+    HKID_FIELD,
     HKID_SHIFT,
     MIG_EPOCH_MASK,
     PAGE_MASK,
@@ -60,6 +61,7 @@ from tdxmig_model.backend.soft.sept import (
 from tdxmig_model.backend.soft.session import begin_new, cipher_of, read_mbmd, resume
 from tdxmig_model.backend.soft.state import Interrupted, Migsc, MigscLink, Tdcs, Tdr
 from tdxmig_model.backend.soft.status import FATAL_BIT, Operand, Status, with_operand
+from tdxmig_model.wire.constants import START_EPOCH
 from tdxmig_model.wire.gpa_list import GpaStatus
 from tdxmig_model.wire.mbmd import BundleType
 
@@ -121,6 +123,7 @@ def import_mem(call: Call) -> Steps[int]:
         EPT_ENTRY_STATE_INCORRECT, INVALID_PAGE_MAC, MIGRATED_IN_CURRENT_EPOCH,
         DISALLOWED_IMPORT_OVER_REMOVED, IMPORT_MISMATCH, OPERAND_INVALID, OPERAND_BUSY, with the
         list that is at fault as operand; OP_STATE_INCORRECT.
+    Source: tdh_import_mem.c.
 
     An entry's error sets FATAL and FAILED_IMPORT, in LIVE_IMPORT neither: RUNNABLE.  Out of
     order the milder ones only skip the entry.
@@ -167,7 +170,7 @@ def _open_ahead(bundle: _Bundle) -> Opening | None:
         slot = bundle.tdcs.sept.slot(entry & GPA_MASK)
         if slot < 0 or STATE_OF[words[slot] & STATE_MASK] not in _NEW_PAGE_STATES:
             continue
-        if not source & INVALID_BIT and call.memory.shared_ok(source):
+        if not source & INVALID_BIT and call.memory.shared_ok(source & HPA_FIELD):
             counter = bundle.migsc.iv_counter + 1 + index - entries.first
             target = words[bundle.pages + index]
             pages.append(_new_page(bundle, index, counter, entry, target))
@@ -180,8 +183,13 @@ _NEW_PAGE_STATES = (SeptState.FREE, SeptState.REMOVED)
 
 
 def _new_page(bundle: _Bundle, index: int, counter: int, entry: int, target: int) -> NewPage:
-    source = bundle.call.memory.words[bundle.buffers + index]
+    source = _buffer_page(bundle, index)
     return NewPage(index, counter, entry, source, target, bytes(_mac(bundle, index)))
+
+
+def _buffer_page(bundle: _Bundle, index: int) -> int:
+    """HPA of a migration buffer: bits 51:12 of its list entry, whatever the others are."""
+    return bundle.call.memory.words[bundle.buffers + index] & HPA_FIELD
 
 
 def _operands(call: Call) -> tuple[int, ...]:
@@ -202,7 +210,12 @@ def _accept_mbmd(
     mbmd = read_mbmd(call, hpa, BundleType.MEM, tdcs.mig_working_version, index)
     if mbmd.num_gpas != entries.last + 1 or mbmd.mig_epoch != tdcs.mig_epoch:
         raise refuse(Status.TDX_INVALID_MBMD)
-    if tdcs.op_state in IMPORT_IN_ORDER and mbmd.mb_counter != migsc.expected_mb_counter:
+    if tdcs.op_state in IMPORT_IN_ORDER:
+        in_turn = mbmd.mb_counter == migsc.expected_mb_counter
+    else:
+        # MIG_EPOCH can be another one: an interrupted EXPORT.STATE.IMMUTABLE resets it.
+        in_turn = mbmd.mig_epoch == START_EPOCH
+    if not in_turn:
         raise refuse(Status.TDX_INVALID_MBMD)
     migsc.iv_counter = mbmd.iv_counter
     if not cipher_of(migsc).tag_ok(mbmd.iv_counter, mbmd.aad(), mbmd.mac):
@@ -221,7 +234,7 @@ def _process(bundle: _Bundle) -> Steps[None]:
             entry = words[entries.base + index]
             try:
                 if call.interleaved:
-                    yield from _hold_entry(bundle, entry)
+                    yield from _hold_entry(bundle, index, entry)
                 _import_entry(bundle, index, entry)
             except EntryError as error:
                 _report(bundle, index, entry, error)
@@ -238,18 +251,40 @@ def _process(bundle: _Bundle) -> Steps[None]:
         call.registers.rcx = entries.register()
 
 
-def _hold_entry(bundle: _Bundle, entry: int) -> Steps[None]:
-    """Let others run while the page's Secure EPT entry is locked, as hardware would."""
-    words = bundle.call.memory.words
+def _hold_entry(bundle: _Bundle, index: int, entry: int) -> Steps[None]:
+    """Let others run while the page and its Secure EPT entry are locked, as hardware would.
+
+    What is locked by somebody else is not waited for: the entry is judged at once.
+    """
+    memory, words = bundle.call.memory, bundle.call.memory.words
     slot = bundle.tdcs.sept.slot(entry & GPA_MASK)
     if slot < 0 or not entry >> OPERATION_SHIFT & 0x3 or entry & GPA_MASK >= PRIVATE_GPA_LIMIT:
         return
-    if not words[slot] & LOCK_BIT:
-        words[slot] |= LOCK_BIT
-        try:
-            yield Point.HELD
-        finally:
-            words[slot] &= ~LOCK_BIT
+    if words[slot] & LOCK_BIT:
+        return
+    page = _page_to_lock(bundle, index, entry, slot)
+    if page is not None and not memory.try_lock(page, Mode.EXCLUSIVE):
+        return
+    words[slot] |= LOCK_BIT
+    try:
+        yield Point.HELD
+    finally:
+        words[slot] &= ~LOCK_BIT
+        if page is not None:
+            memory.unlock(page, Mode.EXCLUSIVE)
+
+
+def _page_to_lock(bundle: _Bundle, index: int, entry: int, slot: int) -> int | None:
+    """The page whose PAMT entry the operation changes: MIGRATE's new one, the one of CANCEL."""
+    operation = entry >> OPERATION_SHIFT & 0x3
+    septe = bundle.call.memory.words[slot]
+    state = STATE_OF[septe & STATE_MASK]
+    if operation == CANCEL and state in (SeptState.MAPPED, SeptState.PENDING):
+        return septe & HPA_MASK
+    if operation != MIGRATE or state not in _NEW_PAGE_STATES:
+        return None
+    page, _ = _page_word(bundle, index)
+    return page if bundle.call.memory.has_pamt(page) and not page & PAGE_MASK else None
 
 
 def _report(bundle: _Bundle, index: int, entry: int, error: EntryError) -> None:
@@ -310,7 +345,7 @@ def _import_entry(bundle: _Bundle, index: int, entry: int) -> None:
         raise _error(Status.TDX_OP_STATE_INCORRECT, status, Severity.A, None)
     buffer = words[bundle.buffers + index]
     content = operation != CANCEL and not entry & PENDING_BIT
-    if content and (buffer & INVALID_BIT or not call.memory.shared_ok(buffer)):
+    if content and (buffer & INVALID_BIT or not call.memory.shared_ok(buffer & HPA_FIELD)):
         raise _no_buffer()
     if operation == MIGRATE:
         _migrate(bundle, index, counter, entry, slot, state)
@@ -353,7 +388,7 @@ def _decrypt(bundle: _Bundle, index: int, counter: int, entry: int, target: int)
         if ahead is not None:
             return ahead
     memory, slot = bundle.call.memory, bundle.cipher.slot
-    source = memory.words[bundle.buffers + index]
+    source = _buffer_page(bundle, index)
     slot[:PAGE] = memory.bytes[source : source + PAGE]
     slot[PAGE:] = _mac(bundle, index)
     page = memory.bytes[target : target + PAGE]
@@ -389,21 +424,25 @@ def _removed_too_late(septe: int, mig_epoch: int) -> bool:
     return bool(septe & REMOVED_EPOCH_VALID) and removed >= mig_epoch
 
 
-def _destination_page(bundle: _Bundle, index: int) -> int:
-    """The free page for a MIGRATE: from the new-page list, or in place.
-
-    Its PAMT entry must be free; nothing else runs until the page is taken, so it is not locked.
-    """
-    memory = bundle.call.memory
-    page = memory.words[bundle.pages + index] if bundle.pages >= 0 else INVALID_BIT
+def _page_word(bundle: _Bundle, index: int) -> tuple[int, Severity]:
+    """The page for a MIGRATE, and how bad it is if that is no address: from the new-page list, or
+    in place the buffer's raw word without its key id.  INVALID_BIT is set if there is none."""
+    words = bundle.call.memory.words
+    page = words[bundle.pages + index] if bundle.pages >= 0 else INVALID_BIT
     if page & INVALID_BIT:
-        page = memory.words[bundle.buffers + index]
-        if page & INVALID_BIT:
-            raise _no_buffer()
-        page &= HPA_FIELD
+        return words[bundle.buffers + index] & ~HKID_FIELD, Severity.B
+    return page, Severity.A
+
+
+def _destination_page(bundle: _Bundle, index: int) -> int:
+    """The free page for a MIGRATE.  Nothing else runs until it is taken, so it is not locked."""
+    memory = bundle.call.memory
+    page, severity = _page_word(bundle, index)
+    if page & INVALID_BIT:
+        raise _no_buffer()
     status, operand = GpaStatus.NEW_PAGE_NOT_AVAILABLE, Operand.NEW_PAGE_LIST_ENTRY
     if page & PAGE_MASK or page >> HKID_SHIFT:
-        raise _error(Status.TDX_OPERAND_INVALID, status, Severity.A, operand)
+        raise _error(Status.TDX_OPERAND_INVALID, status, severity, operand)
     if not memory.has_pamt(page):
         raise _error(Status.TDX_OPERAND_ADDR_RANGE_ERROR, status, Severity.B, operand)
     if memory.is_locked(page):

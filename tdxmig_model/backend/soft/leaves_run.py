@@ -12,6 +12,7 @@ from tdxmig_model.backend.soft.call import Call, Point, Steps, refuse
 from tdxmig_model.backend.soft.leaves_memory import page_info, private_gpa
 from tdxmig_model.backend.soft.locks import Mode
 from tdxmig_model.backend.soft.memory import Memory
+from tdxmig_model.backend.soft.op_state import Leaf
 from tdxmig_model.backend.soft.sept import (
     ACCEPT,
     HPA_MASK,
@@ -49,7 +50,8 @@ def vp_enter(call: Call) -> Steps[int]:
     Out: RAX 15:0 exit reason; R8 the GPA of an EPT violation; of a VMCALL RCX which of R10 to
         R13 are the guest's.
     Status: the prologue's; TDCX_NUM_INCORRECT; VCPU_STATE_INCORRECT; VCPU_ASSOCIATED;
-        BUSY|TD_EPOCH.
+        TSC_ROLLBACK; BUSY|TD_EPOCH.
+    Source: tdh_vp_enter.c.
 
     It ends with the timer of the logical processor, HLT, a fault or a VMCALL.  TDR and TDVPR
     stay locked shared while the guest runs; OP_STATE is given back before.
@@ -61,6 +63,8 @@ def vp_enter(call: Call) -> Steps[int]:
     if vcpu.state is not VcpuState.READY:
         raise refuse(Status.TDX_VCPU_STATE_INCORRECT)
     fresh = call.associate(tdcs, vcpu)
+    if call.lp.tsc_behind:
+        raise refuse(Status.TDX_TSC_ROLLBACK)
     epoch = yield from _track_entry(call, tdcs, vcpu, fresh)
     call.drop(tdcs.op_state_lock, Mode.SHARED)
     vcpu.state = VcpuState.ACTIVE
@@ -166,7 +170,7 @@ class GuestMachine:
 
     def accept(self, gpa: int) -> None:
         """TDG.MEM.PAGE.ACCEPT; a page that was accepted before stays as it is."""
-        status = accept_page(self._memory, self._sept, gpa, 0, hardened=self._hardened)
+        status = accept_page(self._memory, self._sept, gpa, hardened=self._hardened)
         if is_error(status):
             raise guest.Retry
 
@@ -185,18 +189,25 @@ class GuestMachine:
         return found
 
 
-def accept_page(memory: Memory, sept: SeptTree, gpa: int, level: int, *, hardened: bool) -> int:
-    """TDG.MEM.PAGE.ACCEPT of a page whose operands are good: its status.
+def accept_page(memory: Memory, sept: SeptTree, gpa: int, *, hardened: bool) -> int:
+    """TDG.MEM.PAGE.ACCEPT of a 4 KiB page in one step, as a guest program does it: its status."""
+    slot = _entry_to_accept(sept, gpa, 0)
+    if memory.words[slot] & LOCK_BIT:
+        return with_operand(Status.TDX_OPERAND_BUSY, Operand.RCX)
+    return _accept(memory, slot, gpa, 0, hardened=hardened)
 
-    PENDING -> MAPPED, PENDING_EXPORTED_DIRTY -> EXPORTED_DIRTY, the page zeroed.  EptViolation
-    where hardware exits to the VMM, which has to provide the page.
-    """
+
+def _entry_to_accept(sept: SeptTree, gpa: int, level: int) -> int:
     slot, reached = sept.walk(gpa, level)
     if reached != level:
         raise guest.EptViolation(gpa)
+    return slot
+
+
+def _accept(memory: Memory, slot: int, gpa: int, level: int, *, hardened: bool) -> int:
+    """PENDING -> MAPPED, PENDING_EXPORTED_DIRTY -> EXPORTED_DIRTY, the page zeroed.  EptViolation
+    where hardware exits to the VMM, which has to provide the page."""
     entry = memory.words[slot]
-    if entry & LOCK_BIT:
-        return with_operand(Status.TDX_OPERAND_BUSY, Operand.RCX)
     state = STATE_OF[entry & STATE_MASK]
     free = state is SeptState.FREE or (hardened and state is SeptState.REMOVED)
     if not free and state in (SeptState.REMOVED, SeptState.NL_MAPPED, SeptState.NL_BLOCKED):
@@ -206,7 +217,8 @@ def accept_page(memory: Memory, sept: SeptTree, gpa: int, level: int, *, hardene
     if state not in ACCEPT:
         raise guest.EptViolation(gpa)
     memory.zero_page(entry & HPA_MASK)
-    memory.words[slot] = with_state(leaf_entry(SeptState.MAPPED, entry & HPA_MASK), ACCEPT[state])
+    accepted = with_state(leaf_entry(SeptState.MAPPED, entry & HPA_MASK), ACCEPT[state])
+    memory.words[slot] = accepted | entry & LOCK_BIT
     return Status.TDX_SUCCESS
 
 
@@ -219,10 +231,13 @@ class GuestCall(Call):
     tdcs: Tdcs
 
     def enter_guest(self, vcpu_hpa: int) -> None:
-        """The caller runs on this vCPU; a TD that cannot run cannot call."""
+        """The caller runs on this vCPU; what TDH.VP.ENTER refuses cannot run, and so not call."""
         tdr = self.module.tdrs[self.memory.owner[vcpu_hpa >> 12]]
         vcpu = self.module.tdvps[vcpu_hpa]
-        if tdr.tdcs is None or vcpu.state not in (VcpuState.READY, VcpuState.ACTIVE):
+        self.check_keys(tdr)
+        if tdr.tdcs is None or tdr.tdcs.op_state not in self.module.allowed[Leaf.VP_ENTER]:
+            raise refuse(Status.TDX_OP_STATE_INCORRECT)
+        if vcpu.state not in (VcpuState.READY, VcpuState.ACTIVE):
             raise refuse(Status.TDX_VCPU_STATE_INCORRECT)
         self.tdr, self.tdcs = tdr, tdr.tdcs
 
@@ -233,6 +248,7 @@ def page_accept(call: GuestCall) -> Steps[int]:
     In: RCX GPA 51:12 and level 2:0 (0 or 1); pages here are 4 KiB.
     Status: OPERAND_INVALID|RCX; BUSY|RCX; PAGE_ALREADY_ACCEPTED; PAGE_SIZE_MISMATCH, both with
         the level.
+    Source: tdg_mem_page_accept.c.
 
     Raises guest.EptViolation where hardware exits to the VMM, which has to provide the page. In
     1.5.01 a removed entry is no free one, and the guest is told of another page size
@@ -240,6 +256,8 @@ def page_accept(call: GuestCall) -> Steps[int]:
     """
     gpa, level = page_info(call.registers.rcx, 0, 1)
     private_gpa(gpa)
-    yield Point.LOCK
-    hardened = call.module.hardened
-    return accept_page(call.memory, call.tdcs.sept, gpa, level, hardened=hardened)
+    slot = _entry_to_accept(call.tdcs.sept, gpa, level)
+    if not (yield from call.take_entry(slot)):
+        raise refuse(Status.TDX_OPERAND_BUSY, Operand.RCX)
+    yield Point.HELD
+    return _accept(call.memory, slot, gpa, level, hardened=call.module.hardened)

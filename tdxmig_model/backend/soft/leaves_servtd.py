@@ -1,7 +1,7 @@
 """Service TD leaves: binding a Migration TD, and its access to keys and version of the target TD.
 
 Facts of TDX module 1.5.01 (public source): TDH.SERVTD.PREBIND, TDH.SERVTD.BIND, TDG.SERVTD.RD and
-TDG.SERVTD.WR.  Of the metadata fields a Migration TD can see, those of migration are carried.
+TDG.SERVTD.WR.  A Migration TD sees every metadata field that it may read but CPUID values.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tdxmig_model.backend.soft.op_state import (
     SERVTD_WR_TARGET,
     OpState,
 )
+from tdxmig_model.backend.soft.sept import HPA_MASK
 from tdxmig_model.backend.soft.servtd import (
     INSTANCE_BINDING,
     SERVTD_ATTRIBUTES_FIXED_0,
@@ -38,10 +39,38 @@ MIG_ENC_KEY = 0x9810_0003_0000_0018
 MIG_ENC_WORKING_KEY = 0x9810_0003_0000_001C
 MIG_VERSION = 0x9810_0001_0000_0020
 MIG_WORKING_VERSION = 0x9810_0001_0000_0021
+TD_UUID = 0x8010_0003_0000_0020
+PRE_IMPORT_UUID = 0x9810_0003_0000_0040
 KEY_ELEMENTS = 4
 KEY_SIZE = 32
 MAX_MIG_VERSION = 0
 U64 = 0xFFFF_FFFF_FFFF_FFFF
+NULL_FIELD = U64
+CONTEXT_MASK, TD_CONTEXT = 7 << 52, 1 << 52
+"""Bits 54:52 of a field id: what it is a field of."""
+MIG_VERSION_MASK = 0xFFFF
+
+_TDCS_FIELDS: dict[int, tuple[str, int]] = {
+    0x9010_0001_0000_0005: ("NUM_L2_VMS", U64),
+    0x1110_0003_0000_0000: ("ATTRIBUTES", U64),
+    0x1110_0003_0000_0001: ("XFAM", U64),
+    0x1110_0000_0000_0003: ("GPAW", U64),
+    0x1110_0003_0000_0004: ("EPTP", ~HPA_MASK & U64),
+    0x1110_0003_0000_0016: ("CONFIG_FLAGS", U64),
+    **{0x9910_0003_0000_0000 + word: ("SERVTD_HASH", U64) for word in range(6)},
+    0x9910_0001_0000_0006: ("SERVTD_NUM", U64),
+}
+"""Fields that are kept by name, and which of their bits can be read."""
+_READABLE = (
+    *((TD_UUID, 4), *((field, 1) for field in list(_TDCS_FIELDS)[:6])),
+    *((EXPORT_COUNT, 1), (IMPORT_COUNT, 1), (MIG_DEC_KEY, 4), (MIG_DEC_WORKING_KEY, 4)),
+    *((MIG_ENC_KEY, 4), (MIG_ENC_WORKING_KEY, 4), (MIG_VERSION, 1), (MIG_WORKING_VERSION, 1)),
+    *((PRE_IMPORT_UUID, 4), *((field, 1) for field in list(_TDCS_FIELDS)[6:])),
+)
+"""First element and number of elements of each field that a Migration TD can read, in order."""
+_ELEMENTS = tuple(first + number for first, count in _READABLE for number in range(count))
+_NEXT = dict(zip((NULL_FIELD, *_ELEMENTS), (*_ELEMENTS, NULL_FIELD), strict=True))
+"""Element -> the next one; the null field id is before the first and after the last."""
 
 
 def servtd_prebind(call: Call) -> Steps[int]:
@@ -50,12 +79,13 @@ def servtd_prebind(call: Call) -> Steps[int]:
     In: RCX TDR; RDX HPA of its TDINFO hash; R8 slot; R9 type; R10 attributes.
     Status: the prologue's; OPERAND_INVALID|RDX, |R8, |R9, |R10; BUSY|SERVTD_BINDINGS;
         SERVTD_BOUND.
+    Source: tdh_servtd_prebind.c.
     """
     registers = call.registers
     _, tdcs = yield from call.enter_td(Operand.RCX, registers.rcx, Mode.SHARED, Mode.SHARED)
     if not call.memory.shared_ok(registers.rdx, 64, 64):
         raise refuse(Status.TDX_OPERAND_INVALID, Operand.RDX)
-    _check_slot(call)
+    _check_slot(call, registers.r10)
     yield from call.take(tdcs.bindings_lock, Mode.EXCLUSIVE, Operand.SERVTD_BINDINGS)
     binding = tdcs.binding
     if binding.state is BindingState.BOUND:
@@ -66,13 +96,13 @@ def servtd_prebind(call: Call) -> Steps[int]:
     return Status.TDX_SUCCESS
 
 
-def _check_slot(call: Call) -> None:
+def _check_slot(call: Call, attributes: int) -> None:
     registers = call.registers
     if registers.r8:
         raise refuse(Status.TDX_OPERAND_INVALID, Operand.R8)
     if registers.r9 != SERVTD_TYPE_MIGTD:
         raise refuse(Status.TDX_OPERAND_INVALID, Operand.R9)
-    if registers.r10 & ~SERVTD_ATTRIBUTES_FIXED_0:
+    if attributes & ~SERVTD_ATTRIBUTES_FIXED_0:
         raise refuse(Status.TDX_OPERAND_INVALID, Operand.R10)
 
 
@@ -80,37 +110,39 @@ def servtd_bind(call: Call) -> Steps[int]:
     """TDH.SERVTD.BIND (48, TDX module 1.5.01): bind a service TD.
 
     In: RCX target TDR; RDX service TDR; R8 slot; R9 type; R10 attributes.
-    Out: RCX binding handle; R10 to R13 the target's UUID.
+    Out: RCX binding handle; R10 to R13 the target's UUID; all 0 if it fails.
     Status: the prologue's of both TDs; OPERAND_INVALID|RDX, |R8, |R9, |R10;
         BUSY|SERVTD_BINDINGS; SERVTD_TYPE_MISMATCH; SERVTD_ATTR_MISMATCH; SERVTD_UUID_MISMATCH;
         SERVTD_INFO_HASH_MISMATCH.
+    Source: tdh_servtd_bind.c.
     """
     registers, module = call.registers, call.module
-    target_hpa, servtd_hpa = registers.rcx, registers.rdx
+    target_hpa, servtd_hpa, attributes = registers.rcx, registers.rdx, registers.r10
+    registers.rcx = registers.r10 = registers.r11 = registers.r12 = registers.r13 = 0
     if target_hpa == servtd_hpa:
         raise refuse(Status.TDX_OPERAND_INVALID, Operand.RDX)
     tdr, tdcs = yield from call.enter_td(Operand.RCX, target_hpa, Mode.SHARED, Mode.SHARED)
     yield from call.take_page(servtd_hpa, Operand.RDX, Mode.SHARED, PageType.TDR)
     service = module.tdrs[servtd_hpa]
     service_tdcs = yield from call.enter_tdcs(service, Mode.SHARED, SERVTD_BIND_SERVICE_TD)
-    _check_slot(call)
+    _check_slot(call, attributes)
     yield from call.take(tdcs.bindings_lock, Mode.EXCLUSIVE, Operand.SERVTD_BINDINGS)
-    _bind(call, tdcs, service.uuid, tdinfo_hash(service_tdcs, registers.r10))
+    _bind(call, tdcs, service.uuid, attributes, tdinfo_hash(service_tdcs, attributes))
     registers.rcx = make_handle(service.uuid, target_hpa, 0)
     registers.r10, registers.r11, registers.r12, registers.r13 = tdr.uuid
     return Status.TDX_SUCCESS
 
 
-def _bind(call: Call, tdcs: Tdcs, uuid: Uuid, info_hash: bytes) -> None:
+def _bind(call: Call, tdcs: Tdcs, uuid: Uuid, attributes: int, info_hash: bytes) -> None:
     binding, registers = tdcs.binding, call.registers
     if binding.state is BindingState.NOT_BOUND:
         if tdcs.op_state not in (OpState.UNINITIALIZED, OpState.INITIALIZED):
             raise refuse(Status.TDX_OP_STATE_INCORRECT)
-        binding.servtd_type, binding.attributes = registers.r9, registers.r10
+        binding.servtd_type, binding.attributes = registers.r9, attributes
         binding.info_hash = info_hash
     elif binding.servtd_type != registers.r9:
         raise refuse(Status.TDX_SERVTD_TYPE_MISMATCH)
-    elif binding.attributes != registers.r10:
+    elif binding.attributes != attributes:
         raise refuse(Status.TDX_SERVTD_ATTR_MISMATCH)
     elif binding.state is BindingState.BOUND and binding.attributes & INSTANCE_BINDING:
         if binding.uuid != uuid:
@@ -125,18 +157,33 @@ def _bind(call: Call, tdcs: Tdcs, uuid: Uuid, info_hash: bytes) -> None:
 def servtd_read(call: GuestCall) -> Steps[int]:
     """TDG.SERVTD.RD (18, TDX module 1.5.01): read a field of the TD that the caller serves.
 
-    In: RCX binding handle; RDX field id; R10 to R13 target UUID.
-    Out: R8 the value; R10 to R13 the UUID if it was updated.
+    In: RCX binding handle; RDX field id, whatever its context code, or the null id (all ones);
+        R10 to R13 target UUID.
+    Out: R8 the value; RDX the next field id, of the null id the first, null after the last or if
+        it fails; R10 to R13 the UUID if it was updated.
     Status: OPERAND_INVALID|RCX; page and BUSY of TDR; OP_STATE_INCORRECT; TARGET_UUID_MISMATCH;
         TARGET_UUID_UPDATED; BUSY|SERVTD_BINDINGS; SERVTD_NOT_BOUND; SERVTD_UUID_MISMATCH;
-        SERVTD_INFO_HASH_MISMATCH; METADATA_FIELD_ID_INCORRECT; RND_NO_ENTROPY.
+        SERVTD_INFO_HASH_MISMATCH; METADATA_FIRST_FIELD_ID_IN_CONTEXT; METADATA_FIELD_ID_INCORRECT;
+        METADATA_FIELD_NOT_READABLE; RND_NO_ENTROPY.
+    Source: tdg_servtd_rd_wr.c.
     """
     registers = call.registers
-    registers.r8 = 0
-    field = registers.rdx
-    _, tdcs = yield from _target(call, SERVTD_RD_TARGET | INTERRUPTED_START)
-    registers.r8 = _read_field(call, tdcs, field)
+    field = _in_td(registers.rdx)
+    registers.r8, registers.rdx = 0, NULL_FIELD
+    tdr, tdcs = yield from _target(call, SERVTD_RD_TARGET | INTERRUPTED_START)
+    if field == NULL_FIELD:
+        registers.rdx = _NEXT[NULL_FIELD]
+        return Status.TDX_METADATA_FIRST_FIELD_ID_IN_CONTEXT
+    registers.r8 = _read_field(call, tdr, tdcs, field)
+    registers.rdx = _NEXT[field]
     return Status.TDX_SUCCESS
+
+
+def _in_td(field: int) -> int:
+    """The field id as one of the TD; the null id stays."""
+    if field | CONTEXT_MASK == NULL_FIELD:
+        return NULL_FIELD
+    return field & ~CONTEXT_MASK | TD_CONTEXT
 
 
 def servtd_write(call: GuestCall) -> Steps[int]:
@@ -144,10 +191,13 @@ def servtd_write(call: GuestCall) -> Steps[int]:
 
     In: operands of TDG.SERVTD.RD; R8 value; R9 write mask.
     Out: R8 the old value; R10 to R13 the UUID if it was updated.
-    Status: those of TDG.SERVTD.RD; METADATA_FIELD_VALUE_NOT_VALID; METADATA_FIELD_NOT_WRITABLE.
+    Status: those of TDG.SERVTD.RD up to SERVTD_INFO_HASH_MISMATCH; METADATA_FIELD_ID_INCORRECT;
+        METADATA_FIELD_NOT_WRITABLE, also if the mask leaves nothing to write;
+        METADATA_FIELD_VALUE_NOT_VALID.
+    Source: tdg_servtd_rd_wr.c.
     """
     registers = call.registers
-    value, mask, field = registers.r8, registers.r9, registers.rdx
+    value, mask, field = registers.r8, registers.r9, _in_td(registers.rdx)
     registers.r8 = 0
     _, tdcs = yield from _target(call, SERVTD_WR_TARGET | INTERRUPTED_START)
     registers.r8 = _write_field(call, tdcs, field, value, mask)
@@ -187,7 +237,16 @@ def _key_word(key: bytes, element: int) -> int:
     return int.from_bytes(key[8 * element : 8 * element + 8], "little")
 
 
-def _read_field(call: GuestCall, tdcs: Tdcs, field: int) -> int:
+def _read_field(call: GuestCall, tdr: Tdr, tdcs: Tdcs, field: int) -> int:
+    if field == MIG_DEC_KEY_SET:
+        raise refuse(Status.TDX_METADATA_FIELD_NOT_READABLE)
+    if field in _TDCS_FIELDS:
+        name, mask = _TDCS_FIELDS[field]
+        stored = tdcs.fields[name]
+        return (stored if isinstance(stored, int) else stored[field & 0x7]) & mask
+    for first, uuid in ((TD_UUID, tdr.uuid), (PRE_IMPORT_UUID, tdcs.pre_import_uuid)):
+        if first <= field < first + len(uuid):
+            return uuid[field - first]
     scalars = {
         EXPORT_COUNT: tdcs.export_count,
         IMPORT_COUNT: tdcs.import_count,
@@ -228,14 +287,16 @@ def _renew_encryption_key(call: GuestCall, tdcs: Tdcs) -> None:
 
 
 def _write_field(call: GuestCall, tdcs: Tdcs, field: int, value: int, mask: int) -> int:
-    if field == MIG_VERSION:
+    if field not in _ELEMENTS and field != MIG_DEC_KEY_SET:
+        raise refuse(Status.TDX_METADATA_FIELD_ID_INCORRECT)
+    if field == MIG_VERSION and mask & MIG_VERSION_MASK:
         old = tdcs.mig_version
         new = old & ~mask | value & mask
         if new > MAX_MIG_VERSION:
             raise refuse(Status.TDX_METADATA_FIELD_VALUE_NOT_VALID)
         tdcs.mig_version = new
         return old
-    if MIG_DEC_KEY <= field < MIG_DEC_KEY + KEY_ELEMENTS:
+    if MIG_DEC_KEY <= field < MIG_DEC_KEY + KEY_ELEMENTS and mask:
         return _write_key_word(call, tdcs, field - MIG_DEC_KEY, value, mask)
     raise refuse(Status.TDX_METADATA_FIELD_NOT_WRITABLE)
 

@@ -21,6 +21,7 @@ from tdxmig_model.wire.constants import PAGE_SIZE
 MAX_PA_BITS = 52
 HKID_SHIFT = 46
 """Host key ids occupy the top bits of a physical address, 51:46."""
+HKID_FIELD = (1 << MAX_PA_BITS) - (1 << HKID_SHIFT)
 FIRST_PRIVATE_HKID = 32
 LAST_PRIVATE_HKID = 63
 PAGE_MASK = PAGE_SIZE - 1

@@ -33,6 +33,7 @@ from tdxmig_model.backend.soft.state import Interrupt, Lifecycle, LogicalProcess
 from tdxmig_model.backend.soft.status import Operand, Status, with_operand
 from tdxmig_model.backend.soft.workers import Workers
 from tdxmig_model.errors import UsageError
+from tdxmig_model.wire.constants import PAGE_SIZE
 
 Profile = Literal["tdx-1.5.01", "hardened", "demo-cve-2025-30513"]
 PROFILES: tuple[Profile, ...] = ("tdx-1.5.01", "hardened", "demo-cve-2025-30513")
@@ -102,6 +103,9 @@ class Module:
     without entropy.  `iv_observer` sees every (key, IV) that encrypts.  `findings` lists what a
     bundle made the module do that hardware would do with memory it must not touch; it is never done
     here.
+
+    The caller may set `shut_down`; `ready`, False for a module whose platform is not initialised;
+    and `list_size`, how many bytes of each metadata page an export fills, from 144 to 4096.
     """
 
     def __init__(
@@ -124,6 +128,8 @@ class Module:
         self.findings: list[Finding] = []
         self.iv_observer = iv_observer
         self.shut_down = False
+        self.ready = True
+        self.list_size = PAGE_SIZE
         self.workers: Workers | None = None
         self.processors = [LogicalProcessor(index) for index in range(processors)]
         self.tdrs: dict[int, Tdr] = {}
@@ -159,16 +165,27 @@ class Module:
 
         Raises guest.EptViolation where the leaf exits to the VMM instead.
         """
+        for _ in self._guest_steps(leaf, registers, vcpu, lp, interleaved=False):
+            pass
+        return registers.rax
+
+    def start_tdcall(
+        self, leaf: GuestLeaf, registers: Registers, vcpu: int, *, lp: int = 0
+    ) -> Generator[Point, None, None]:
+        """A TDCALL leaf as steps; RAX is set when the generator ends."""
+        return self._guest_steps(leaf, registers, vcpu, lp, interleaved=True)
+
+    def _guest_steps(
+        self, leaf: GuestLeaf, registers: Registers, vcpu: int, lp: int, *, interleaved: bool
+    ) -> Generator[Point, None, None]:
         registers.rax = leaf
-        call = GuestCall(self, Leaf.VP_ENTER, registers, self.processors[lp], None, False)
+        call = GuestCall(self, Leaf.VP_ENTER, registers, self.processors[lp], None, interleaved)
 
         def body(_call: Call) -> Steps[int]:
             call.enter_guest(vcpu)
             return _GUEST_LEAVES[leaf](call)
 
-        for _ in self._run(call, body):
-            pass
-        return registers.rax
+        yield from self._run(call, body)
 
     def _steps(
         self, registers: Registers, lp: int, interrupt: Interrupt | None, *, interleaved: bool
@@ -179,6 +196,9 @@ class Module:
             return
         if self.shut_down:
             registers.rax = Status.TDX_SYS_SHUTDOWN
+            return
+        if not self.ready:
+            registers.rax = Status.TDX_SYS_NOT_READY
             return
         body = _LEAVES.get(rax)  # type: ignore[call-overload]
         if body is None:

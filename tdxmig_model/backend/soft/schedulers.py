@@ -21,7 +21,9 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 from tdxmig_model.backend.soft.call import STREAM_COMMAND_BIT, Point, Registers
-from tdxmig_model.backend.soft.op_state import Leaf
+from tdxmig_model.backend.soft.guest import EptViolation
+from tdxmig_model.backend.soft.leaves_run import EXIT_EPT_VIOLATION
+from tdxmig_model.backend.soft.op_state import GuestLeaf, Leaf
 from tdxmig_model.backend.soft.snapshot import Snapshot
 from tdxmig_model.backend.soft.status import LOW_32, Status, describe_status
 from tdxmig_model.errors import UsageError
@@ -31,9 +33,9 @@ if TYPE_CHECKING:
     from tdxmig_model.backend.soft.state import Interrupt
 
 ALL_POINTS = frozenset(Point)
-STATELESS_LEAVES = frozenset({Leaf.EXPORT_BLOCKW, Leaf.EXPORT_RESTORE})
+STATELESS_LEAVES: frozenset[Leaf | GuestLeaf] = frozenset({Leaf.EXPORT_BLOCKW, Leaf.EXPORT_RESTORE})
 """Interruptible, but called again rather than resumed."""
-LIST_LEAVES = STATELESS_LEAVES | {Leaf.EXPORT_MEM, Leaf.IMPORT_MEM}
+LIST_LEAVES: frozenset[Leaf | GuestLeaf] = STATELESS_LEAVES | {Leaf.EXPORT_MEM, Leaf.IMPORT_MEM}
 """Leaves that give back in RCX where in their GPA list they stopped."""
 
 
@@ -42,15 +44,34 @@ class LeafCall:
     """A leaf with its operands, on one logical processor.
 
     `interruptible`: host interrupts can come.  `resume`: an interrupted call is continued, as by a
-    VMM that wants it done.  `retries`: how often it is called again after BUSY.
+    VMM that wants it done.  `retries`: how often it is called again after BUSY.  A guest's leaf is
+    called by the vCPU whose TDVPR is at `vcpu`, and is not interrupted.
     """
 
-    leaf: Leaf
+    leaf: Leaf | GuestLeaf
     operands: Registers
     lp: int = 0
     interruptible: bool = True
     resume: bool = True
     retries: int = 0
+    vcpu: int = 0
+
+    def start(
+        self, module: Module, registers: Registers, interrupt: Interrupt | None
+    ) -> Generator[Point, None, None]:
+        """The call as steps, with these registers."""
+        if isinstance(self.leaf, GuestLeaf):
+            return self._guest_steps(self.leaf, module, registers)
+        return module.start(self.leaf, registers, lp=self.lp, interrupt=interrupt)
+
+    def _guest_steps(
+        self, leaf: GuestLeaf, module: Module, registers: Registers
+    ) -> Generator[Point, None, None]:
+        """An exit to the VMM ends the call with what TDH.VP.ENTER would report in RAX and R8."""
+        try:
+            yield from module.start_tdcall(leaf, registers, self.vcpu, lp=self.lp)
+        except EptViolation as fault:
+            registers.rax, registers.r8 = EXIT_EPT_VIOLATION, fault.gpa
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +119,7 @@ class Chooser(Protocol):
         ...
 
 
-def resume_operands(leaf: Leaf, operands: Registers, left: Registers) -> Registers:
+def resume_operands(leaf: Leaf | GuestLeaf, operands: Registers, left: Registers) -> Registers:
     """Operands that continue a call that `operands` began and that ended with `left`."""
     again = replace(operands)
     if leaf in LIST_LEAVES:
@@ -147,7 +168,7 @@ class _Run:
         if lp not in self.running:
             left = self.history.registers[number] = replace(operands)
             interrupt = self.interrupt if call.interruptible else None
-            self.running[lp] = self.module.start(call.leaf, left, lp=lp, interrupt=interrupt)
+            self.running[lp] = call.start(self.module, left, interrupt)
         for point in self.running[lp]:
             self.history.events.append(Event(lp, number, point))
             if point in points:
@@ -336,18 +357,16 @@ class Threads:
         self, leaf: int, registers: Registers, *, lp: int = 0, interrupt: Interrupt | None = None
     ) -> int:
         """Run one leaf on the calling thread, other threads' leaves between its steps."""
-        for _ in self._steps(leaf, registers, lp, interrupt):
+        steps = self.module.start(leaf, registers, lp=lp, interrupt=interrupt)
+        for _ in self._steps(steps, lp):
             pass
         return registers.rax
 
-    def _steps(
-        self, leaf: int, registers: Registers, lp: int, interrupt: Interrupt | None
-    ) -> Iterator[Point]:
+    def _steps(self, steps: Generator[Point, None, None], lp: int) -> Iterator[Point]:
         with self._one_step:
             if lp in self._entered:
                 raise UsageError(f"logical processor {lp} is in a leaf already; give each its own")
             self._entered.add(lp)
-        steps = self.module.start(leaf, registers, lp=lp, interrupt=interrupt)
         try:
             while True:
                 with self._one_step:
@@ -397,7 +416,7 @@ class Threads:
         pending = interrupt if call.interruptible else None
         while True:
             left = history.registers[number] = replace(operands)
-            for point in self._steps(call.leaf, left, call.lp, pending):
+            for point in self._steps(call.start(self.module, left, pending), call.lp):
                 history.events.append(Event(call.lp, number, point))
             history.events.append(Event(call.lp, number, None, left.rax))
             history.statuses[number].append(left.rax)

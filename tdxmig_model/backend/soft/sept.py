@@ -1,8 +1,8 @@
 """Secure EPT: the 16 entry states, what each leaf makes of them, and the walk to an entry.
 
 Entries are real 64-bit words in real table pages of the TD.  State encoding: bit 9 (D), bits 56:53
-(pending, blocked, write-blocked, exported), bits 7:6 (leaf, IPAT).  Other bits: R, W, X 2:0, entry
-lock 11, HPA 51:12, suppress-#VE 63.  Facts of TDX module 1.5.01.
+(pending, blocked, write-blocked, exported), bits 7:6 (leaf, IPAT).  Other bits: R, W, X 2:0, memory
+type 5:3, entry lock 11, HPA 51:12, suppress-#VE 63.  Facts of TDX module 1.5.01.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ class SeptState(IntEnum):
 S = SeptState
 
 D_BIT = 1 << 9
+PAGE_SIZE_BIT = 1 << 7
 LEAF_BITS = 0b11 << 6
 EXPORTED_BIT = 1 << 53
 BLOCKEDW_BIT = 1 << 54
@@ -49,6 +50,8 @@ STATE_MASK = D_BIT | LEAF_BITS | EXPORTED_BIT | BLOCKEDW_BIT | BLOCKED_BIT | PEN
 READ_BIT, WRITE_BIT, EXECUTE_BIT = 1, 2, 4
 RWX = READ_BIT | WRITE_BIT | EXECUTE_BIT
 LOCK_BIT = 1 << 11
+MEMORY_TYPE_MASK = 0b111 << 3
+WRITE_BACK = 6 << 3
 HPA_MASK = ((1 << 52) - 1) & ~0xFFF
 SUPPRESS_VE_BIT = 1 << 63
 REMOVED_EPOCH_SHIFT = 12
@@ -177,13 +180,32 @@ def with_state(entry: int, state: SeptState) -> int:
 def leaf_entry(state: SeptState, hpa: int) -> int:
     """An unlocked leaf entry: RWX for MAPPED, no permission for PENDING."""
     permissions = RWX if state is S.MAPPED else 0
-    return hpa | permissions | SUPPRESS_VE_BIT | STATE_BITS[state]
+    return hpa | permissions | WRITE_BACK | SUPPRESS_VE_BIT | STATE_BITS[state]
+
+
+def table_entry(hpa: int) -> int:
+    """An unlocked non-leaf entry, NL_MAPPED."""
+    return hpa | RWX | SUPPRESS_VE_BIT | STATE_BITS[S.NL_MAPPED]
 
 
 def removed_entry(mig_epoch: int) -> int:
     """REMOVED with the MIG_EPOCH of the removal, which import compares later."""
     epoch = mig_epoch << REMOVED_EPOCH_SHIFT | REMOVED_EPOCH_VALID
     return STATE_BITS[S.REMOVED] | epoch | SUPPRESS_VE_BIT
+
+
+PUBLIC_STATE = (0, 5, 132, 129, 4, 1, 8, 9, 11, 12, 2, 3, 16, 17, 19, 20)
+"""The number by which the VMM is told of a state, by state index."""
+_VISIBLE_LEAF = RWX | MEMORY_TYPE_MASK | LEAF_BITS | HPA_MASK | SUPPRESS_VE_BIT
+_VISIBLE_OTHER = RWX | PAGE_SIZE_BIT
+
+
+def visible_entry(entry: int) -> int:
+    """The entry as the VMM is shown it: without software bits, a table or REMOVED without HPA."""
+    if entry & STATE_MASK == STATE_BITS[S.FREE]:
+        return SUPPRESS_VE_BIT
+    is_leaf = entry & LEAF_BITS == LEAF_BITS
+    return entry & (_VISIBLE_LEAF if is_leaf else _VISIBLE_OTHER)
 
 
 # --- the tree ----------------------------------------------------------------------------------

@@ -211,8 +211,14 @@ Interrupt = Callable[[], bool]
 
 @dataclass(slots=True)
 class LogicalProcessor:
-    """One logical processor: `timer` guest instructions run until it interrupts the guest."""
+    """One logical processor: `timer` guest instructions run until it interrupts the guest.
+
+    The caller may set `limits_cpuid`, IA32_MISC_ENABLE's limit of CPUID, and `tsc_behind`: its TSC
+    is below the one at the last exit of a vCPU.
+    """
 
     index: int
     timer: int = 0
     retired: int = 0
+    limits_cpuid: bool = False
+    tsc_behind: bool = False
