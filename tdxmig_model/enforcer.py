@@ -10,6 +10,7 @@ a row of its own.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tdxmig_model.engine import commands as c
-from tdxmig_model.errors import ModelError, ModelMismatch, Refused
+from tdxmig_model.errors import ModelError, ModelMismatch, Refused, TdxmigError, Unmet
 from tdxmig_model.expr import EnumType, Instance
 from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.words import SEPT
@@ -103,18 +104,21 @@ class Enforcer:
         Raises Refused (nothing was issued) or ModelMismatch; a refusing module is a Result, as it
         is for the backend itself.
         """
-        call = self._call(command)
-        rows = self._take(call)
+        call, rows = self._begin(command)
         try:
             result = self.backend.execute(command)
         except BaseException:
             self.monitor.rollback()
+            with suppress(TdxmigError, OSError):
+                self.adopt()  # it may have acted before it raised
             raise
-        if result.ok:
-            call, rows = self._settle(command, call, result, rows)
-            self._compare(call, rows)
-        else:
-            self.monitor.rollback()
+        try:
+            if result.ok:
+                call, rows = self._settle(command, call, result, rows)
+                self._compare(call, rows)
+        finally:
+            self.monitor.rollback()  # nothing is left to take back once it was compared
+        if not result.ok:
             self._compare_refused(call, result)
         self._forget_old_bundles()
         self.steps_checked += sum(row.count for row in rows)
@@ -123,7 +127,7 @@ class Enforcer:
 
     def check(self, command: c.Command) -> None:
         """Raise Refused if the model does not allow the command now; nothing is changed."""
-        self._take(self._call(command))
+        self._begin(command)
         self.monitor.rollback()
 
     def state(self) -> dict[str, object]:
@@ -136,47 +140,55 @@ class Enforcer:
 
     # --- before ----------------------------------------------------------------------------------
 
-    def _take(self, call: Call) -> list[Row]:
-        """Take the call's rows in the model, or put the model back and raise Refused."""
+    def _begin(self, command: c.Command) -> tuple[Call, list[Row]]:
+        """Take a command in the model so that it can be taken back, or take it back and raise."""
         self.monitor.begin()
+        try:
+            call = self._call(command)
+            return call, self._take(call)
+        except BaseException:
+            self.monitor.rollback()
+            raise
+
+    def _take(self, call: Call) -> list[Row]:
+        """Take the call's rows in the model; Refused under the name of the call."""
         taken: list[Row] = []
         try:
             for row in rows_of(self.monitor, call):
                 row.take(self.monitor)
                 taken.append(row)
         except Refused as refused:
-            self.monitor.rollback()
             if refused.step != call.step:
                 raise _under_name(refused, call.step) from None
             raise
         return taken
 
     def _call(self, command: c.Command) -> Call:
-        """A command in the model's terms."""
+        """A command in the model's terms; what it brings along is put into the model's network."""
         call = Call(self.side, command.name)
         match command:
             case c.ExportBlockw() | c.ExportRestore():
-                return replace(call, pages=self._pages(command.gpas))
+                return replace(call, pages=self._pages(call.step, command.gpas))
             case c.ExportUnblockw():
-                return replace(call, pages=self._pages(np.array([command.gpa], dtype=np.uint64)))
+                return replace(call, pages=self._pages(call.step, [command.gpa]))
             case c.ExportMem():
-                pages = self._pages(command.gpas)
+                pages = self._pages(call.step, command.gpas)
                 operation = int(command.operation)
                 return replace(call, pages=pages, stream=command.stream, operation=operation)
             case c.ExportStateVp():
                 return replace(call, stream=command.stream, vcpu=command.vcpu)
             case c.ExportAbort() if command.token is not None:
-                self.monitor["abort_token"] = True
+                self.monitor.put("abort_token", True)
                 return call
             case c.ImportMem():
-                message = self._deliver(command.bundle.mbmd)
+                message = self._deliver(call.step, command.bundle.mbmd)
                 entries = self._entries(command.bundle.gpa_list)
                 return replace(call, stream=command.stream, message=message, entries=entries)
             case c.ImportStateImmutable() | c.ImportTrack() | c.ImportStateTd():
-                return replace(call, message=self._deliver(command.bundle.mbmd))
+                return replace(call, message=self._deliver(call.step, command.bundle.mbmd))
             case c.ImportStateVp():
                 mbmd = command.bundle.mbmd
-                message = self._deliver(mbmd)
+                message = self._deliver(call.step, mbmd)
                 return replace(call, stream=mbmd.migs_index, vcpu=command.vcpu, message=message)
             case _:
                 return call
@@ -185,7 +197,10 @@ class Enforcer:
         """The pages of a GPA list by kind of entry; with `done`, of the entries that were done."""
         entries = entries_from_bytes(gpa_list)
         entries = entries if done is None else entries[done]
-        operations, pages = entry_operations(entries), self._pages(entry_gpas(entries))
+        operations, pages = (
+            entry_operations(entries),
+            self._pages("import_mem", entry_gpas(entries)),
+        )
         # A CANCEL entry has no content, whatever its pending bit says.
         pending = entry_pending(entries) & (operations != CANCEL)
         return {
@@ -193,30 +208,41 @@ class Enforcer:
             for name, (code, waits) in IMPORT_OPERATIONS.items()
         }
 
-    def _pages(self, gpas: NDArray[np.uint64]) -> Pages:
-        pages = (np.asarray(gpas, dtype=np.uint64) // np.uint64(PAGE_SIZE)).astype(np.int64)
+    def _pages(self, step: str, gpas: NDArray[np.uint64] | list[int]) -> Pages:
         limit = len(self.monitor[f"{self.side}_page"])
+        text = f"GPAs below 0x{limit * PAGE_SIZE:x}, the end of this TD"
+        try:
+            pages = (np.asarray(gpas, dtype=np.uint64) // np.uint64(PAGE_SIZE)).astype(np.int64)
+        except (OverflowError, ValueError, TypeError):
+            raise self._refused(step, "page", text, {"gpa": gpas}) from None
         if len(pages) and int(pages.max()) >= limit:
-            highest = int(pages.max()) * PAGE_SIZE
-            raise ModelError(f"GPA 0x{highest:x} lies beyond the {limit} pages of this TD")
+            raise self._refused(step, "page", text, {"gpa": hex(int(pages.max()) * PAGE_SIZE)})
         return pages
 
-    def _deliver(self, mbmd: Mbmd) -> int:
+    def _refused(self, step: str, label: str, text: str, values: Mapping[str, object]) -> Refused:
+        return Refused(step, self.state(), [Unmet(label, text, values)], self.legal())
+
+    def _deliver(self, step: str, mbmd: Mbmd) -> int:
         """Put a bundle that arrived into the model's log; the module says if it is authentic."""
         model = self.monitor
         kind = model.system.variable("log_kind").kind
         assert isinstance(kind, EnumType)
         if mbmd.bundle_type.name not in kind.members:
-            raise ModelError(f"a bundle of type {mbmd.bundle_type.name} is not imported")
+            text = f"a bundle of type {', '.join(kind.members)}"
+            raise self._refused(step, "kind", text, {"type": mbmd.bundle_type.name})
         position = int(model["log_length"])
         token = mbmd.bundle_type is BundleType.EPOCH_TOKEN
-        model["log_kind"][position] = kind.position(mbmd.bundle_type.name)
-        model["log_epoch"][position] = mbmd.mig_epoch
-        model["log_counter"][position] = mbmd.mb_counter
-        model["log_stream"][position] = mbmd.migs_index
-        model["log_total"][position] = mbmd.total_mb if token else 0
-        model["log_complete"][position] = True
-        model["log_length"] = position + 1
+        bundle = {
+            "log_kind": kind.position(mbmd.bundle_type.name),
+            "log_epoch": mbmd.mig_epoch,
+            "log_counter": mbmd.mb_counter,
+            "log_stream": mbmd.migs_index,
+            "log_total": mbmd.total_mb if token else 0,
+            "log_complete": True,
+        }
+        for name, value in bundle.items():
+            model.put(name, value, at=position)
+        model.put("log_length", position + 1)
         return position
 
     # --- after -----------------------------------------------------------------------------------
@@ -244,6 +270,8 @@ class Enforcer:
         else:
             return call, rows
         self.monitor.rollback()
+        self.monitor.begin()
+        self._call(command)  # brings along again what was taken back
         return settled, self._take(settled)
 
     def _accepted(self) -> Pages:
@@ -275,8 +303,6 @@ class Enforcer:
         if seen["op_state"] != model:
             detail = f"the module answered {result.status_name}"
             raise ModelMismatch(call.step, {name: (model, seen["op_state"])}, detail)
-        if call.step == "export_abort_with_token":
-            self.monitor["abort_token"] = False  # what was presented was none
         if self.side == "source" and call.step not in _REFUSED_WITH_EFFECT[self.profile]:
             differences = self._differences(seen)
             if differences:

@@ -77,6 +77,17 @@ class Monitor:
         """Set a variable from outside: only what the network or the set-up decides."""
         self.state[self._slot(name)] = value
 
+    def put(self, name: str, value: object, at: int | None = None) -> None:
+        """Set a variable, or one entry of a map, from outside; `rollback` takes it back."""
+        slot = self._slot(name)
+        held = self.state[slot]
+        if self._undo is not None:
+            self._undo.append((slot, None, held.copy() if hasattr(held, "copy") else held))
+        if at is None:
+            self.state[slot] = value
+        else:
+            held[at] = value
+
     def text(self, name: str) -> str:
         """A scalar's value as text."""
         return show(self.system.variable(name).kind, self[name])
@@ -131,7 +142,10 @@ class Monitor:
         if not len(indices):
             return
         bulk = self._compiled.bulk(name, parameter)
-        held = bulk.guard_mask(self.state, indices, **others)
+        try:
+            held = bulk.guard_mask(self.state, indices, **others)
+        except Refused as refused:  # an index twice: the rows know no state
+            raise Refused(name, self.shown(), refused.unmet, self.legal(), refused.why) from refused
         if not held.all():
             first = int(indices[int(np.argmin(held))])
             raise self.refusal(step, {**others, parameter: first})

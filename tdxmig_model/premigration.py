@@ -182,15 +182,18 @@ def exchange(
     local_key: MigrationKey,
     versions: Versions,
     deadline: float = 10.0,
+    stopped: Callable[[], str | None] = lambda: None,
 ) -> Agreement:
     """Authenticate each other, then exchange keys, versions and the session id.
 
     ``deadline`` is in seconds for all of it; the socket stays open and is left non-blocking.
+    ``stopped`` says why to stop waiting, or None; PeerLost then.
     PeerError: another certificate, or no version in common.  PeerLost: the peer went away or is too
     slow.  UsageError: ``local_key`` was used before; it is used up in any case from here on.
     """
     material = local_key.take()
     channel = _Channel(role, connection, identity, peer_certificate, monotonic() + deadline)
+    channel.stopped = stopped
     channel.handshake()
     nonce = os.urandom(32)
     channel.write(_pack_offer(role, versions, nonce, material))
@@ -262,6 +265,10 @@ def _exchange_verdicts(channel: _Channel, problem: str) -> None:
         raise PeerError(f"{channel.peer} refused the pre-migration: {shown}")
 
 
+_STOP_SECONDS: Final = 0.1
+"""How long a wait goes on before somebody who asks to stop is heard."""
+
+
 class _Channel:
     """TLS 1.3 in memory over a socket, with one deadline for everything."""
 
@@ -278,6 +285,7 @@ class _Channel:
         self.peer = f"the {'destination' if role == 'source' else 'source'}"
         self._socket = connection
         self._end = end
+        self.stopped: Callable[[], str | None] = lambda: None
         self._pinned = _der(peer_certificate)
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         context = _context(role, identity, peer_certificate)
@@ -398,9 +406,12 @@ class _Channel:
     def _wait(self, events: int) -> None:
         poller = select.poll()
         poller.register(self._socket, events)
-        left = self._end - monotonic()
-        if left <= 0 or not poller.poll(left * 1000):
-            raise PeerLost(f"{self.peer} did not finish pre-migration before the deadline")
+        while (left := self._end - monotonic()) > 0:
+            if poller.poll(min(left, _STOP_SECONDS) * 1000):
+                return
+            if (reason := self.stopped()) is not None:
+                raise PeerLost(f"pre-migration with {self.peer} was stopped: {reason}")
+        raise PeerLost(f"{self.peer} did not finish pre-migration before the deadline")
 
     def _lost(self, error: OSError) -> PeerLost:
         return PeerLost(f"the connection to {self.peer} broke in pre-migration ({error.strerror})")

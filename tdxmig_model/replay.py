@@ -16,16 +16,18 @@ from typing import Any, Final
 
 import numpy as np
 
+from tdxmig_model.attribution import misattributed
 from tdxmig_model.compile import Compiled
-from tdxmig_model.errors import Refused, Unmet, UsageError
+from tdxmig_model.errors import ModelError, Refused, Unmet, UsageError
 from tdxmig_model.expr import EnumType, ForAll, Instance, System, subterms
 from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.lifecycle import LIFECYCLE
+from tdxmig_model.model.words import SEPT
 from tdxmig_model.monitor import Monitor
-from tdxmig_model.observation import adopt
-from tdxmig_model.rows import IMPORT_OPERATIONS, Call, Pages, rows_of
-from tdxmig_model.trace import Record, expand_ranges, read_trace
-from tdxmig_model.wire.constants import PAGE_SIZE
+from tdxmig_model.observation import MAPS, SCALARS, adopt
+from tdxmig_model.rows import CANCEL, IMPORT_OPERATIONS, Call, Pages, Row, rows_of
+from tdxmig_model.trace import Message, Record, expand_ranges, read_trace
+from tdxmig_model.wire.constants import MAX_FORWARD_STREAMS, PAGE_SIZE
 
 _PAIRS_UP_TO: Final = 400
 """Properties over pairs of bundles are evaluated up to this many bundles; they are proved for all.
@@ -59,6 +61,41 @@ _RECORDS: Final = {
 }
 
 
+_MAKES_A_BUNDLE: Final = (
+    "export_state_immutable",
+    "export_mem",
+    "export_track",
+    "export_track_start",
+    "export_state_td",
+    "export_state_vp",
+)
+_TAKES_A_BUNDLE: Final = (
+    "import_state_immutable",
+    "import_mem",
+    "import_track",
+    "import_track_start",
+    "import_state_td",
+    "import_state_vp",
+)
+_TAKES_PAGES: Final = ("export_blockw", "export_unblockw", "export_restore", "export_mem")
+_PARAMETERS: Final = {
+    "export_mem": ("stream", "operation"),
+    "export_state_vp": ("stream", "vcpu"),
+    "import_mem": ("stream",),
+    "import_state_vp": ("vcpu",),
+    "vp_enter": ("vcpu",),
+}
+_PENDING: Final = np.array([name.startswith("PENDING") for name in SEPT.members])
+
+LARGEST_TD: Final = 1 << 24
+"""4 KiB pages of the largest TD whose trace is judged (64 GiB): the model has a word for each."""
+_WORD: Final = 1 << 63
+_BEGINS: Final = {"source": "RUNNABLE", "destination": "UNINITIALIZED"}
+"""OP_STATE in which a session begins on each side."""
+
+Entries = Mapping[str, Pages]
+"""Pages of a GPA list by kind of entry, in the order of the page numbers."""
+
 _FROM_THE_OTHER_SIDE: Final = ("mbmd_mac", "record_arrived", "confirmation", "abort_token")
 
 
@@ -73,6 +110,8 @@ class Replay:
         self, attached: Mapping[str, Record], bundles: int, events: int, profile: str
     ) -> None:
         sizes = [_sizes(record) for record in attached.values()]
+        for record in attached.values():
+            _check_attached(record, profile)
         pages, vcpus, streams = (max(s[k] for s in sizes) for k in range(3))
         self.leaf = Monitor(
             LEAF.under(profile),
@@ -96,16 +135,21 @@ class Replay:
         )
         self.both = len(attached) == 2
         self.steps = 0
+        self._pages, self._vcpus = pages, vcpus
         self._positions: dict[tuple[int, int], int] = {}
+        self._bundles: dict[tuple[int, int], tuple[Message, Entries | None]] = {}
         for side, record in attached.items():
             adopt(self.leaf, side, record.state)
 
     def take(self, record: Record) -> None:
         """Take one record, or raise Refused (it may become legal) or _NotARun."""
-        if record.kind == "lifecycle":
-            self._take_event(record)
-        elif record.kind == "leaf":
-            self._take_leaf(record)
+        try:
+            if record.kind == "lifecycle":
+                self._take_event(record)
+            elif record.kind == "leaf":
+                self._take_leaf(record)
+        except (ModelError, UsageError) as problem:
+            raise _NotARun(str(problem)) from problem
 
     # --- lifecycle -------------------------------------------------------------------------------
 
@@ -115,13 +159,19 @@ class Replay:
             record.side == "destination" and self.lifecycle.system.step(name).actor == "source"
         ):
             name = f"destination_{name}"
-        params = {k: int(str(v)) for k, v in record.params.items()}
+        params = {k: _number(f"parameter {k}", v) for k, v in record.params.items()}
         if self.lifecycle.system.has_step(name):
             _belongs(record, self.lifecycle.system.step(name).actor)
         if not self.both:
             self._assume(record.step)
         self.lifecycle.take(name, **params)
         self.steps += 1
+        ours, seen = self.lifecycle.text(f"{record.side}_phase"), record.state.get("lifecycle")
+        if seen != ours:
+            raise _NotARun(f"the trace shows lifecycle {seen}, the model has {ours}")
+        gives_up = record.side == "destination" and record.step == "abort"
+        if gives_up and self.lifecycle["abort_token"] and not self.leaf["abort_token"]:
+            raise _NotARun("abort in a session calls import_abort, and the trace does not")
 
     def _assume(self, event: str) -> None:
         """With one trace only, what came from the other side is taken as said."""
@@ -141,26 +191,29 @@ class Replay:
 
     def _take_leaf(self, record: Record) -> None:
         name = f"{record.side}_op_state"
-        if record.status is not None and record.status >> 63:
+        if record.status is None:
+            raise _NotARun("the record of a call has no status")
+        if record.status >> 63:
             self._take_failure(record, name)
             return
+        _check_message(record)
         call = self._call(record)
         if record.step == "export_abort_with_token" and not self.both:
             self.leaf["abort_token"] = True
-        taken = 0
+        taken: list[Row] = []
         self.leaf.begin()
         try:
             for row in rows_of(self.leaf, call):
                 if self.leaf.system.has_step(row.step):
                     _belongs(record, self.leaf.system.step(row.step).actor)
                 row.take(self.leaf)
-                taken += row.count
-        except Refused:
+                taken.append(row)
+        except BaseException:
             self.leaf.rollback()
             raise
         self.leaf.commit()
-        self.steps += taken
-        self._made(record)
+        self.steps += sum(row.count for row in taken)
+        self._made(record, self._exported(taken) if call.step == "export_mem" else None)
         for seen in ("op_state", "mig_epoch"):
             self._compare(record, seen)
 
@@ -174,33 +227,62 @@ class Replay:
 
     def _compare(self, record: Record, name: str) -> None:
         seen, ours = record.state.get(name), self.leaf.text(f"{record.side}_{name}")
-        if seen is not None and str(seen) != ours:
+        if str(seen) != ours:
             raise _NotARun(f"the trace shows {name} {seen}, the model has {ours}")
 
     def _call(self, record: Record) -> Call:
         params = record.params
         message = record.message
-        position = None
-        if (
-            message is not None
-            and record.step.startswith("import_")
-            and (record.step != "import_abort")
-        ):
-            position = self._position(record)
-        entries = {k: _pages(params[k]) for k in IMPORT_OPERATIONS if k in params}
+        entries = {k: self._list(params[k]) for k in IMPORT_OPERATIONS if k in params}
+        if record.step in _TAKES_PAGES and "gpas" not in params:
+            raise _NotARun(f"{record.step} has a GPA list, and the record has none")
+        for name in _PARAMETERS.get(record.step, ()):
+            if name not in params:
+                raise _NotARun(f"{record.step} has a {name}, and the record has none")
+        vcpu = _number("parameter vcpu", params.get("vcpu", 0))
+        if vcpu >= self._vcpus:
+            raise _NotARun(f"vCPU {vcpu} of a TD with {self._vcpus} vCPUs")
+        operation = _number("parameter operation", params.get("operation", 1))
+        if operation not in (1, CANCEL):
+            raise _NotARun(f"no call has operation {operation}: it is 1 (migrate) or 2 (cancel)")
+        pages = self._list(params["gpas"]) if "gpas" in params else None
+        listed = sum(map(len, entries.values())) if pages is None else len(pages)
+        if message is not None and message.kind == "MEM" and message.n < listed:
+            raise _NotARun(f"a bundle of {message.n} pages cannot hold {listed} entries")
+        position = self._position(record, entries) if record.step in _TAKES_A_BUNDLE else None
         stream = params.get("stream", message.stream if message is not None else 0)
         return Call(
             record.side,
             record.step,
-            stream=int(str(stream)),
-            vcpu=int(str(params.get("vcpu", 0))),
-            operation=int(str(params.get("operation", 1))),
-            pages=_pages(params["gpas"]) if "gpas" in params else None,
+            stream=_number("parameter stream", stream),
+            vcpu=vcpu,
+            operation=operation,
+            pages=pages,
             entries=entries or None,
             message=position,
         )
 
-    def _position(self, record: Record) -> int:
+    def _list(self, ranges: object) -> Pages:
+        """Page numbers of a list, each once and of this TD."""
+        gpas = expand_ranges(ranges, self._pages)
+        pages = (gpas // np.uint64(PAGE_SIZE)).astype(np.int64)
+        if len(np.unique(pages)) != len(pages):
+            raise _NotARun("a GPA list names a page twice")
+        return pages
+
+    def _exported(self, rows: Sequence[Row]) -> Entries:
+        """The entries that the rows of EXPORT.MEM made, as IMPORT.MEM has to find them."""
+        found: dict[str, Pages] = {}
+        for row in rows:
+            if row.pages is None:
+                continue
+            kind = row.step.removeprefix("export_mem_")
+            waits = _PENDING[self.leaf["source_page"][row.pages]] & (kind != "cancel")
+            found[kind] = np.sort(row.pages[~waits])
+            found[f"{kind}_pending"] = np.sort(row.pages[waits])
+        return {kind: pages for kind, pages in found.items() if len(pages)}
+
+    def _position(self, record: Record, entries: Entries) -> int:
         """Where in the joint log the bundle is that the destination imports."""
         message = record.message
         assert message is not None
@@ -214,7 +296,29 @@ class Replay:
             self.leaf["log_length"] += 1
         elif self.both:
             self._equals(record, self._positions[key])
+            self._same_bundle(record, entries)
         return self._positions[key]
+
+    def _same_bundle(self, record: Record, entries: Entries) -> None:
+        """What the destination says that it took must be what the source says that it made."""
+        message = record.message
+        assert message is not None
+        made, exported = self._bundles[message.stream, message.iv]
+        for name in Message.__slots__:
+            if getattr(made, name) != getattr(message, name):
+                ours, theirs = getattr(made, name), getattr(message, name)
+                raise _NotARun(f"the bundle has {name} {theirs}, the source made {name} {ours}")
+        if exported is None:
+            return
+        taken = {kind: np.sort(pages) for kind, pages in entries.items() if len(pages)}
+        for kind in sorted(exported.keys() | taken.keys()):
+            none = np.zeros(0, dtype=np.int64)
+            ours, theirs = exported.get(kind, none), taken.get(kind, none)
+            if not np.array_equal(ours, theirs):
+                raise _NotARun(
+                    f"the import takes {len(theirs)} {kind} entries, the source made "
+                    f"{len(ours)}, and they are not the same pages"
+                )
 
     def _write_log(self, record: Record) -> None:
         message = record.message
@@ -229,15 +333,16 @@ class Replay:
         self.leaf["log_total"][position] = message.total_mb or 0
         self.leaf["log_complete"][position] = True
 
-    def _made(self, record: Record) -> None:
+    def _made(self, record: Record, entries: Entries | None) -> None:
         """Remember the bundle that a step of the source made, and compare it with the model's."""
         message = record.message
-        if message is None or record.side != "source" or record.step.startswith("export_abort"):
+        if message is None or record.step not in _MAKES_A_BUNDLE:
             return
         key = message.stream, message.iv
         if key in self._positions:
             raise _NotARun(f"stream {message.stream} has used IV {message.iv} before")
         self._positions[key] = int(self.leaf["log_length"]) - 1
+        self._bundles[key] = message, entries
         self._equals(record, self._positions[key])
 
     def _equals(self, record: Record, position: int) -> None:
@@ -260,6 +365,30 @@ class Replay:
                 raise _NotARun(f"the bundle has {name} {seen}, the model makes {name} {value}")
 
 
+def _check_message(record: Record) -> None:
+    """A call that makes or takes a bundle has one, and no other call has; its fields are words."""
+    message = record.message
+    wanted = record.step in (*_MAKES_A_BUNDLE, *_TAKES_A_BUNDLE, "import_abort")
+    if (message is not None) != wanted:
+        raise _NotARun(
+            f"{record.step} {'has a' if wanted else 'has no'} bundle; the record differs"
+        )
+    if message is None:
+        return
+    for name in ("stream", "iv", "epoch", "mb_counter", "n"):
+        _number(name, getattr(message, name))
+    stream = record.params.get("stream", message.stream)
+    alone = message.kind not in ("MEM", "MUTABLE_VCPU_STATE")
+    if stream != message.stream or (alone and message.stream):
+        raise _NotARun(f"a bundle of type {message.kind} on stream {message.stream}")
+    if (message.total_mb is not None) != (message.kind == "EPOCH_TOKEN"):
+        raise _NotARun(f"total_mb {message.total_mb} in a bundle of type {message.kind}")
+    if record.step == "import_abort":
+        token = Message(0, message.iv, "ABORT_TOKEN", 0, 0, None, 0)
+        if message != token or not message.iv:
+            raise _NotARun("the bundle of import_abort is no abort token of the backward stream")
+
+
 def _belongs(record: Record, actor: str) -> None:
     if actor != record.side:
         raise _NotARun(f"{record.step} is a step of the {actor}, not of the {record.side}")
@@ -277,9 +406,16 @@ def judge_one(trace: str | Path, profile: str = "hardened") -> Verdict:
 
 def judge_records(traces: Sequence[Sequence[Record]], profile: str = "hardened") -> Verdict:
     """Judge one or two traces, already read."""
-    attached = {r.side: r for trace in traces for r in trace if r.step == "attach"}
+    attached = {trace[0].side: trace[0] for trace in traces if trace and trace[0].step == "attach"}
     if len(attached) != len(traces):
-        raise UsageError("each trace needs an attach record, and the two must be of two sides")
+        raise UsageError("each trace begins with an attach record, and the two are of two sides")
+    for trace in traces:
+        for record in trace[1:]:
+            if record.step == "attach" or record.side != trace[0].side:
+                raise UsageError(
+                    f"{trace[0].side} record {record.seq} is a second beginning, or of the "
+                    "other side: one trace is of one side of one session"
+                )
     sessions = {r.session for trace in traces for r in trace}
     if len(sessions) > 1:
         raise UsageError(f"the traces are of different sessions: {', '.join(sorted(sessions))}")
@@ -293,6 +429,11 @@ def judge_records(traces: Sequence[Sequence[Record]], profile: str = "hardened")
         record, problem = stuck
         where = f"{record.side} record {record.seq} ({record.step})"
         return Verdict(False, replay.steps, total, where, str(problem))
+    for trace in traces:
+        wrong = misattributed(trace)
+        if wrong is not None:
+            where = f"{wrong[0].side} record {wrong[0].seq} ({wrong[0].step})"
+            return Verdict(False, replay.steps, total, where, wrong[1])
     return _properties(replay, total)
 
 
@@ -367,11 +508,47 @@ def _finite(formula: Any, monitor: Monitor) -> bool:
 
 
 def _sizes(record: Record) -> tuple[int, int, int]:
-    try:
-        return tuple(int(str(record.params[k])) for k in ("pages", "vcpus", "streams"))  # type: ignore[return-value]
-    except (KeyError, ValueError) as problem:
-        raise UsageError(f"the attach record of the {record.side} lacks {problem}") from problem
+    bounds = {"pages": LARGEST_TD, "vcpus": 0xFFFF, "streams": MAX_FORWARD_STREAMS}
+    sizes: list[int] = []
+    for name, bound in bounds.items():
+        value = record.params.get(name)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= bound:
+            raise UsageError(
+                f"the attach record of the {record.side} has {name} {value!r}: it is 1 to {bound}"
+            )
+        sizes.append(value)
+    pages, vcpus, streams = sizes
+    return pages, vcpus, streams
 
 
-def _pages(ranges: object) -> Pages:
-    return (expand_ranges(ranges) // np.uint64(PAGE_SIZE)).astype(np.int64)
+def _check_attached(record: Record, profile: str) -> None:
+    """UsageError: recorded under another profile, or not from the beginning of a session."""
+    recorded = record.params.get("profile")
+    if recorded != profile:
+        raise UsageError(
+            f"the trace of the {record.side} was recorded under profile {recorded!r}; judge it "
+            f"under that one, not under {profile}"
+        )
+    begins, seen = _BEGINS[record.side], record.state.get("op_state")
+    if seen != begins:
+        raise UsageError(
+            f"the trace of the {record.side} begins in {seen!r}; a session begins in {begins}"
+        )
+    for name in SCALARS[record.side][1:]:
+        value = record.state.get(name, 0)
+        if not isinstance(value, int) or not 0 <= value < _WORD:
+            raise UsageError(f"the attach record of the {record.side} shows {name} {value!r}")
+    for name in MAPS[record.side]:
+        values = record.state.get(name, [])
+        if not (
+            isinstance(values, list)
+            and len(values) <= MAX_FORWARD_STREAMS
+            and all(isinstance(value, int) and 0 <= value < _WORD for value in values)
+        ):
+            raise UsageError(f"the attach record of the {record.side} shows {name} {values!r}")
+
+
+def _number(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < _WORD:
+        raise _NotARun(f"{name} is {value!r}, and not a number from 0 on")
+    return value

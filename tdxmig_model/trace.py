@@ -11,13 +11,16 @@ by a destination is always described in the trace of its source, even when that 
 from __future__ import annotations
 
 import enum
+import io
 import json
+import os
+import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +32,12 @@ from tdxmig_model.wire.mbmd import BundleType, Mbmd
 FORMAT_VERSION: Final = 1
 SIDES: Final = ("source", "destination")
 KINDS: Final = ("leaf", "lifecycle", "note")
+
+MAX_PAGES: Final = 1 << 40
+"""4 KiB pages of the whole guest physical address space."""
+_LONGEST_LINE: Final = 16 << 20
+"""Bytes; longer lines are refused before they are decoded."""
+_LATEST: Final = 1e15
 
 _BUFFERED_LINES: Final = 256
 _SHOWN_CHARACTERS: Final = 60
@@ -97,14 +106,22 @@ def page_ranges(gpas: NDArray[np.uint64]) -> list[list[int]]:
     return [[int(first), int(count)] for first, count in zip(pages[starts], counts, strict=True)]
 
 
-def expand_ranges(ranges: object) -> NDArray[np.uint64]:
-    """The GPAs that `page_ranges` was given.  UsageError if this is not a list of ranges."""
+def expand_ranges(ranges: object, pages: int = MAX_PAGES) -> NDArray[np.uint64]:
+    """The GPAs that `page_ranges` was given.
+
+    `pages` is one more than the highest page number, and how many there may be.  UsageError if this
+    is not a list of ranges or exceeds that.
+    """
     if not isinstance(ranges, Iterable):
         raise UsageError(f"page ranges must be a list of [first_page, count], not {ranges!r}")
     parts: list[NDArray[np.uint64]] = []
+    left = pages
     for item in ranges:
         match item:
             case [int(first), int(count)] if first >= 0 and count > 0:
+                left -= count
+                if first + count > pages or left < 0:
+                    raise UsageError(f"page range {item!r} goes beyond {pages} pages")
                 parts.append(np.arange(first, first + count, dtype=np.uint64))
             case _:
                 raise UsageError(f"a page range must be [first_page, count], not {item!r}")
@@ -142,10 +159,7 @@ class TraceWriter:
         """Why the trace is incomplete, None as long as it is not."""
         self._lines: list[str] = []
         self._seq = 0
-        try:
-            self._file: IO[bytes] = open(self.path, "wb", buffering=0)  # noqa: SIM115
-        except OSError as error:
-            raise UsageError(f"cannot write the trace {self.path}: {error.strerror}") from error
+        self._file = _open_regular(self.path, "write", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
 
     def record(
         self,
@@ -226,17 +240,15 @@ class TraceWriter:
 def read_trace(path: str | Path) -> Iterator[Record]:
     """The records of a trace file, in order.
 
-    Raises UsageError if the file cannot be opened, and WireError, which names the line, for a line
-    that is cut, is no JSON, lacks a field, has a field of a wrong type, or is out of sequence.
+    Raises UsageError if the file cannot be opened or is no regular file, and WireError, which names
+    the line, for a line that is cut, too long, no JSON, lacks a field, has a field of a wrong type,
+    or is out of sequence.
     """
     path = Path(path)
-    try:
-        file = open(path, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise UsageError(f"cannot read the trace {path}: {error.strerror}") from error
     offset = 0
-    with file:
-        for number, line in enumerate(file, start=1):
+    with io.BufferedReader(_open_regular(path, "read", os.O_RDONLY)) as file:
+        lines = iter(lambda: file.readline(_LONGEST_LINE), b"")
+        for number, line in enumerate(lines, start=1):
             record = _parse_line(line, _Place(path, number, offset))
             if record.seq != number - 1:
                 raise _Place(path, number, offset).error(
@@ -244,6 +256,18 @@ def read_trace(path: str | Path) -> Iterator[Record]:
                 )
             yield record
             offset += len(line)
+
+
+def _open_regular(path: Path, what: str, flags: int) -> io.FileIO:
+    """Open a regular file; anything else (a FIFO waits for somebody) is refused at once."""
+    try:
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        raise UsageError(f"cannot {what} the trace {path}: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UsageError(f"cannot {what} the trace {path}: it is no regular file")
+    return io.FileIO(descriptor, "rb" if what == "read" else "wb")
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,8 +316,8 @@ def _parse_line(line: bytes, place: _Place) -> Record:
     if not line.endswith(b"\n"):
         raise place.error("line", shown, "a line end", "the last record is cut")
     try:
-        data = json.loads(line)
-    except ValueError as error:
+        data = json.loads(line, object_pairs_hook=_each_once)
+    except (ValueError, RecursionError) as error:
         raise place.error("line", shown, "one JSON object", "not JSON") from error
     if not isinstance(data, dict):
         raise place.error("line", shown, "one JSON object", "not a trace record")
@@ -305,6 +329,8 @@ def _parse_line(line: bytes, place: _Place) -> Record:
     for name, allowed in (("side", SIDES), ("kind", KINDS)):
         if data[name] not in allowed:
             raise place.error(name, data[name], " or ".join(allowed), "unknown value")
+    if not -_LATEST < data["t"] < _LATEST:  # false for NaN, and never converts a long integer
+        raise place.error("t", str(data["t"])[:_SHOWN_CHARACTERS], "seconds", "no time")
     message = data.get("message")
     if message is not None:
         if not isinstance(message, dict):
@@ -327,6 +353,14 @@ def _parse_line(line: bytes, place: _Place) -> Record:
         status=data.get("status"),
         status_name=data.get("status_name"),
     )
+
+
+def _each_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; ValueError if a name is there twice, since readers differ in which counts."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name is there twice")
+    return found
 
 
 def _require(

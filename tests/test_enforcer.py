@@ -10,6 +10,7 @@ from tdxmig_model.enforcer import Enforcer
 from tdxmig_model.engine import commands as c
 from tdxmig_model.errors import ModelMismatch, Refused
 from tdxmig_model.model.words import SEPT
+from tdxmig_model.wire.mbmd import Mbmd
 
 PAGES = 24
 
@@ -220,3 +221,84 @@ def test_pages_that_wait_for_the_guest_are_followed_on_both_sides() -> None:
     theirs.execute(c.ImportTrack(ours.execute(c.ExportTrack()).bundle))
     live(pair.gpas[1:])
     assert states(theirs) == ["MAPPED"] * 4
+
+
+# --- nothing is left behind ----------------------------------------------------------------------
+
+
+def snapshot(enforcer):
+    return [np.copy(v) if isinstance(v, np.ndarray) else repr(v) for v in enforcer.monitor.state]
+
+
+def unchanged(enforcer, before) -> bool:
+    return all(np.array_equal(a, b) for a, b in zip(before, snapshot(enforcer), strict=True))
+
+
+def test_check_and_refusals_leave_nothing_in_the_model() -> None:
+    pair = Pair(PAGES)
+    _, ours = source(pair)
+    _, theirs = destination(pair)
+    first = ours.execute(c.ExportStateImmutable()).bundle
+    token = ours.execute(c.ExportTrack()).bundle
+    before = snapshot(theirs)
+    theirs.check(c.ImportStateImmutable(first))
+    assert unchanged(theirs, before)
+    with pytest.raises(Refused):
+        theirs.execute(c.ImportTrack(token))
+    assert unchanged(theirs, before)
+    before = snapshot(ours)
+    with pytest.raises(Refused):
+        ours.check(c.ExportAbort(bytes(48)))
+    assert unchanged(ours, before)
+    assert not ours.monitor["abort_token"]
+
+
+def test_lists_and_tokens_that_cannot_be_are_refused_with_state_and_legal_steps() -> None:
+    pair = Pair(PAGES)
+    watched, ours = source(pair)
+    immutable = ours.execute(c.ExportStateImmutable()).bundle
+    abort = Mbmd.abort_token(mb_counter=0, iv_counter=1)
+    _, theirs = destination(pair)
+    token = type(immutable).of(abort)
+    twice, beyond = pair.gpas[[0, 0]], np.array([PAGES * 4096], dtype=np.uint64)
+    for enforcer, command in (
+        (ours, c.ExportBlockw(twice)),
+        (ours, c.ExportBlockw(beyond)),
+        (ours, c.ExportUnblockw(-1)),
+        (ours, c.ExportUnblockw(1 << 64)),
+        (theirs, c.ImportTrack(token)),
+    ):
+        before = snapshot(enforcer)
+        for ask in (enforcer.check, enforcer.execute):
+            with pytest.raises(Refused) as caught:
+                ask(command)
+            assert caught.value.state
+            assert caught.value.legal
+        assert unchanged(enforcer, before)
+        assert enforcer.monitor._undo is None
+    assert watched.commands == ["export_state_immutable"]
+
+
+def test_a_backend_that_raises_after_it_acted_is_adopted() -> None:
+    pair = Pair(PAGES)
+    watched, ours = source(pair)
+    execute = watched.execute
+
+    def acts_and_raises(command):
+        execute(command)
+        raise RuntimeError("after the fact")
+
+    watched.execute = acts_and_raises
+    with pytest.raises(RuntimeError):
+        ours.execute(c.ExportStateImmutable())
+    assert ours.monitor._undo is None
+    assert ours.state()["source_op_state"] == "LIVE_EXPORT"
+    watched.execute = execute
+    assert ours.execute(c.ExportPause()).ok
+
+
+def test_an_error_of_ours_closes_the_undo_log() -> None:
+    _, ours = source(Pair(PAGES))
+    with pytest.raises(TypeError):
+        ours.check(c.ExportStateVp("0"))  # type: ignore[arg-type]
+    assert ours.monitor._undo is None

@@ -38,6 +38,7 @@ from tdxmig_model.wire import (
     Footer,
     GpaOperation,
     Hello,
+    InOrderDone,
     MemoryRecord,
     MigrationHeader,
     SessionStarted,
@@ -123,6 +124,7 @@ def test_a_whole_migration_asks_for_the_events_in_order_and_answers() -> None:
     assert answers == [
         Hello(SESSION, ALL_CAPABILITIES, 10, 1, 2),
         SessionStarted(),
+        InOrderDone(),
         Committed(bytes(32)),
     ]
     assert engine.start_token_imported

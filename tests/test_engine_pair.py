@@ -212,7 +212,8 @@ def test_a_paused_td_arrives_whole() -> None:
     source, destination = begun()
     hand_over(source, destination)
     destination.do(destination.engine.end(bytes(32)))
-    assert source.hear() == ["cleanup"]
+    assert source.hear() == [None, "cleanup"]
+    assert source.engine.in_order_done
     assert_equal(source, destination)
     assert (source.op_state, destination.op_state) == ("POST_EXPORT", "RUNNABLE")
     assert destination.engine.pages_imported == PAGES
@@ -270,7 +271,8 @@ def test_it_works_over_sockets_with_each_side_in_its_own_thread(kind: str, tmp_p
     thread.join(20)
     assert not problems
     source.transport.poll(10.0)
-    assert source.hear() == ["cleanup"]
+    assert source.hear() == [None, "cleanup"]
+    assert source.engine.in_order_done
     assert_equal(source, destination)
     for side in (source, destination):
         side.transport.close()
@@ -364,7 +366,7 @@ def test_after_the_start_token_only_the_abort_token_brings_the_td_back() -> None
     with pytest.raises(PeerError, match="TDX_INCORRECT_MBMD_MAC"):
         source.do(source.engine.abort_with_token(bytes(forged)))
     assert source.op_state == "POST_EXPORT"
-    assert source.hear() == [None, "abort_with_token"]
+    assert source.hear() == [None, None, "abort_with_token"]
     assert source.engine.failure == "out of memory"
     assert source.do(source.engine.abort_with_token()).size == 0
     assert (source.op_state, destination.op_state) == ("RUNNABLE", "FAILED_IMPORT")

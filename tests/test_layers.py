@@ -27,7 +27,17 @@ RANKS = {
     1: ("expr",),
     2: ("model", "wire"),
     3: ("compile", "project", "smt", "export", "trace", "svg"),
-    4: ("machine", "draw", "explore", "story", "monitor", "observation", "rows", "replay"),
+    4: (
+        "machine",
+        "draw",
+        "explore",
+        "story",
+        "monitor",
+        "observation",
+        "rows",
+        "attribution",
+        "replay",
+    ),
     5: ("verify",),
     6: ("engine",),
     7: ("backend", "transport", "premigration"),
@@ -47,6 +57,7 @@ SIDEWAYS = {
     ("replay", "monitor"),
     ("replay", "observation"),
     ("replay", "rows"),
+    ("replay", "attribution"),
     ("session", "enforcer"),
     ("simulate", "enforcer"),
     ("simulate", "session"),
@@ -58,7 +69,17 @@ SIDEWAYS = {
 BYTES_AND_COMMANDS = ("wire", "engine", "backend", "transport", "premigration")
 THE_MODEL_AND_ITS_USES = (
     *("expr", "model", "compile", "project", "smt", "export"),
-    *("machine", "draw", "explore", "story", "monitor", "observation", "rows", "replay"),
+    *(
+        "machine",
+        "draw",
+        "explore",
+        "story",
+        "monitor",
+        "observation",
+        "rows",
+        "attribution",
+        "replay",
+    ),
     "verify",
 )
 

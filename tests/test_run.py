@@ -247,7 +247,7 @@ def test_a_signal_while_traces_are_judged_ends_the_judging_alone(
         time.sleep(20)
         raise AssertionError("the judging went on")
 
-    monkeypatch.setattr("tdxmig_model.replay.judge", judge)
+    monkeypatch.setattr("tdxmig_model.replay.judge_records", judge)
     result = run()
     assert (result.interrupted, result.ok, result.ending) == (True, False, "migrated")
     assert result.sentence.startswith("The destination runs the TD")
@@ -351,7 +351,7 @@ def test_a_side_that_hangs_is_given_up_and_killed() -> None:
     [
         (Faults(flip_at=1_000_000), "TDX_INVALID_PAGE_MAC"),
         (Faults(cut_at=1_000_000), "broke"),
-        (Faults(truncate_at=1_000_000), "sent nothing for 2 s"),
+        (Faults(truncate_at=1_000_000), "did not complete the record"),
     ],
     ids=["flipped", "cut", "stalled"],
 )

@@ -547,3 +547,11 @@ def test_a_header_is_four_bytes() -> None:
 def test_bundle_types_know_what_they_carry() -> None:
     assert [kind.name for kind in BundleType if kind.is_token] == ["EPOCH_TOKEN", "ABORT_TOKEN"]
     assert sum(kind.is_state for kind in BundleType) == 3
+
+
+def test_an_end_inside_a_record_is_final() -> None:
+    parser = RecordParser()
+    assert list(parser.records(b"\x09abc")) == []
+    for attempt in (parser.end_of_stream, parser.end_of_stream, parser.next_record):
+        with pytest.raises(WireError, match="ends inside a record"):
+            attempt()

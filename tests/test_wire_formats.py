@@ -27,6 +27,7 @@ from tdxmig_model.wire import (
     GpaOperation,
     GpaStatus,
     Hello,
+    InOrderDone,
     Mbmd,
     PageListInfo,
     RecordParser,
@@ -383,6 +384,7 @@ HELLO = Hello(SESSION, Capability.BATCH | Capability.CANCEL, 0x40, vcpu_count=2,
 RETURN_MESSAGES: list[ReturnMessage] = [
     HELLO,
     SessionStarted(),
+    InOrderDone(),
     AbortToken(MBMDS["abort token"]),
     Committed(),
     Committed(bytes(range(32))),
@@ -397,6 +399,7 @@ def test_a_hello_is_the_documented_bytes() -> None:
     assert encode(HELLO) == [b"\x54" + encode_return(HELLO)]
     assert encode_forward(SourceAbort("no")).hex() == "54" + "5406" + "0002" + b"no".hex()
     assert encode_return(SessionStarted()).hex() == "54020000"
+    assert encode_return(InOrderDone()).hex() == "54070000"
     assert encode_return(Committed()).hex() == "54040000"
 
 

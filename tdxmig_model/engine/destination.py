@@ -45,6 +45,7 @@ from tdxmig_model.wire.extensions import (
     Committed,
     Failed,
     Hello,
+    InOrderDone,
     SessionStarted,
     SourceAbort,
 )
@@ -273,7 +274,8 @@ class DestinationEngine:
         yield from self._import(ImportStateTd(bundle))
 
     def import_vcpu_state(self, bundle: Bundle) -> Operation[int]:
-        """Import the state of one vCPU; returns its index."""
+        """Import the state of one vCPU; returns its index.  After the last one the source is told
+        that nothing but the start token is missing."""
         self._check_type(bundle, BundleType.MUTABLE_VCPU_STATE)
         vcpu, most = bundle.mbmd.vp_index, self.announced.vcpu_count
         self._check_stream(bundle)
@@ -283,6 +285,8 @@ class DestinationEngine:
             raise PeerError(f"the source sent the state of vCPU {vcpu} twice")
         yield from self._import(ImportStateVp(bundle, vcpu))
         self._vcpus_seen.add(vcpu)
+        if len(self._vcpus_seen) == most and Capability.IN_ORDER_DONE in self.agreed:
+            yield Send(InOrderDone())
         return vcpu
 
     def import_start_token(self, bundle: Bundle) -> Operation[None]:

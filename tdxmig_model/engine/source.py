@@ -48,6 +48,7 @@ from tdxmig_model.wire.extensions import (
     Committed,
     Failed,
     Hello,
+    InOrderDone,
     ReturnMessage,
     SessionStarted,
     SourceAbort,
@@ -104,6 +105,7 @@ class SourceEngine:
         self.agreed = Capability(0)
         self.peer: Hello | None = None
         self.session_started = False
+        self.in_order_done = False
         self.committed: Committed | None = None
         self.failure: str | None = None
         self.abort_token: bytes | None = None
@@ -113,6 +115,7 @@ class SourceEngine:
         self._exporting = False
         self._aborted = False
         self._chain_open = False
+        self._vcpus_sent: set[int] = set()
         self._block_named = False
         self._exported = PageSet()
         self._writable = PageSet()
@@ -139,6 +142,14 @@ class SourceEngine:
                 self._expect(self._start_sent and first, "SESSION_STARTED")
                 self.session_started = True
                 return "confirm_import"
+            case InOrderDone():
+                agreed = Capability.IN_ORDER_DONE in self.agreed
+                complete = len(self._vcpus_sent) >= self.hello.vcpu_count
+                decided = self.committed is not None or self.abort_token is not None
+                first = not self.in_order_done and not decided
+                self._expect(agreed and complete and first, "IN_ORDER_DONE")
+                self.in_order_done = True
+                return None
             case Committed():
                 at_end = self.start_token_sent and self.abort_token is None
                 self._expect(at_end and not self.committed, "COMMITTED")
@@ -149,7 +160,7 @@ class SourceEngine:
                 self.abort_token = mbmd.pack()
                 return self._abort_event("abort_with_token")
             case Failed(reason):
-                self._expect(self.committed is None, "FAILED")
+                self._expect(self.committed is None and self.failure is None, "FAILED")
                 self.failure = reason
                 return self._abort_event(None)
 
@@ -274,6 +285,7 @@ class SourceEngine:
         command = ExportStateVp(vcpu, stream)
         result = yield from perform(command)
         bundle = bundle_of(command, result, BundleType.MUTABLE_VCPU_STATE)
+        self._vcpus_sent.add(vcpu)
         yield Send(_link(bundle, another_follows=True))
 
     def finish_epochs(self) -> Operation[None]:

@@ -27,6 +27,7 @@ ALL_CAPABILITIES: Final = (
     | Capability.RETURN_PATH
     | Capability.SOURCE_ABORT
     | Capability.POST_COPY
+    | Capability.IN_ORDER_DONE
 )
 
 _BUSY_CLASS: Final = 2

@@ -1,6 +1,7 @@
 """One side of a migration: lifecycle, enforcer, engine, backend and transport joined; it waits."""
 
 from tdxmig_model.session.common import (
+    DECISION_TIMEOUTS,
     RUNNABLE_STATES,
     Activity,
     Ending,
@@ -16,6 +17,7 @@ from tdxmig_model.session.local import migrate_in_process
 from tdxmig_model.session.source import SourceSession
 
 __all__ = [
+    "DECISION_TIMEOUTS",
     "RUNNABLE_STATES",
     "Activity",
     "DestinationSession",

@@ -11,7 +11,7 @@ import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, ClassVar, Final, TypeAlias, TypeVar
 
 from tdxmig_model.enforcer import Enforcer
@@ -30,6 +30,12 @@ RUNNABLE_STATES: Final = frozenset({"RUNNABLE", "LIVE_EXPORT", "LIVE_IMPORT"})
 
 RECEIVE_SIZE: Final = 1 << 20
 _POLL_SECONDS: Final = 0.05
+
+DECISION_TIMEOUTS: Final = 2
+"""Peer timeouts that a source waits for the decision about its start token.
+
+The destination gives up after one, and its abort token then has another to arrive.
+"""
 
 
 class Activity(enum.Enum):
@@ -67,8 +73,8 @@ class SessionOptions:
 
     `batch` is pages per memory bundle, 1 to 512.  `guest_budget` is guest instructions that each
     vCPU runs while 512 pages are exported.  The pre-copy ends when at most `converged_pages` are
-    dirty or after `max_epochs` epochs.  `peer_timeout` is seconds without a sign of life from the
-    peer.
+    dirty or after `max_epochs` epochs.  `peer_timeout` is seconds that the peer may take to begin
+    a record, and again to complete it; see also `DECISION_TIMEOUTS`.
     """
 
     profile: str = "hardened"
@@ -127,6 +133,16 @@ class Hooks:
     def progress(self, progress: Progress) -> None:
         """Something moved."""
 
+    def relayed_abort_token(self) -> bytes | None:
+        """An abort token (48 bytes) that came another way than from the peer; each is given once.
+        Asked only after the start token."""
+        return None
+
+    def relays(self) -> bool:
+        """Whether an abort token may still come another way, so that a source that lost its
+        connection has something to wait for."""
+        return False
+
     def exported(self) -> None:
         """The start token has left; memory and vCPUs of the source are as they were at pause."""
 
@@ -174,6 +190,8 @@ class Side(ABC):
         self._performed: object = None
         self._giving_up = False
         self._peer_lost = False
+        self._cannot_send = False
+        self._cannot_read = False
         trace.flush()  # a side that dies early has still said what it began from
 
     # --- driving ---------------------------------------------------------------------------------
@@ -187,9 +205,12 @@ class Side(ABC):
 
     def _wait(self) -> None:
         try:
-            self.transport.poll(_POLL_SECONDS)
+            if not self._cannot_read:
+                self.transport.poll(_POLL_SECONDS)
+                return
         except PeerLost:
-            return  # told by the next read, with all that arrived before
+            pass  # told by the next read, with all that arrived before
+        sleep(_POLL_SECONDS)
 
     def steps(self) -> Steps[None]:
         """The whole session as activities; `outcome` is complete when it is exhausted."""
@@ -229,6 +250,7 @@ class Side(ABC):
     def _note_failure(self, error: TdxmigError) -> None:
         """Giving up failed too.  The module still decides who may run; say what it shows."""
         self.outcome.heard_of = False
+        self.outcome.cause = self.outcome.cause or str(error)
         self.outcome.sentence = (
             f"The {self.side} could not be brought to an orderly end and was left in "
             f"{self.op_state}: {error}"
@@ -236,12 +258,16 @@ class Side(ABC):
         self.trace.note(f"{type(error).__name__}: {error}")
 
     def _finish(self) -> None:
-        self.outcome.op_state = self.op_state
-        self.outcome.runnable = self.runnable
-        self.outcome.bytes = self.transport.bytes_sent or self.transport.bytes_received
-        self.trace.note(self.outcome.sentence, op_state=self.outcome.op_state)
-        self.trace.flush()
-        self.transport.close()
+        try:
+            self.outcome.op_state = self.op_state
+            self.outcome.runnable = self.runnable
+            self.outcome.bytes = self.transport.bytes_sent or self.transport.bytes_received
+            self.trace.note(self.outcome.sentence, op_state=self.outcome.op_state)
+            self.trace.flush()
+            if self.trace.failure is not None and not self.outcome.cause:
+                self.outcome.cause = self.trace.failure
+        finally:
+            self.transport.close()
 
     def _linger(self) -> Steps[None]:
         """Stay reachable for what the peer may still want to read."""
@@ -278,15 +304,23 @@ class Side(ABC):
         return self._performed
 
     def _flush_outbox(self) -> None:
-        """Send what the event made; a side that gives up does so whether or not anybody listens."""
+        """Send what the event made; a side that gives up does so whether or not anybody listens.
+
+        After a record that was not sent whole nothing is sent, because it would land inside it.
+        """
         if not self._outbox:
             return
         self.trace.flush()
+        if self._cannot_send:
+            self.trace.note("not sent: the record before was not sent whole")
+            self._outbox.clear()
+            return
+        timeout = 0.0 if self._peer_lost else self.options.peer_timeout
         try:
             for send in self._outbox:
-                buffers = self._encode(send)
-                self.transport.send(buffers, self.options.peer_timeout)
+                self.transport.send(self._encode(send), timeout)
         except PeerLost as error:
+            self._cannot_send = True
             if not self._giving_up:
                 raise
             self.trace.note(f"not sent: {error}")

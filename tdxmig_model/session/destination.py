@@ -27,6 +27,7 @@ from tdxmig_model.wire.extensions import (
     Committed,
     Failed,
     Hello,
+    InOrderDone,
     SessionStarted,
     SourceAbort,
     encode_return,
@@ -48,7 +49,7 @@ _PHASES: Final = {
     "import_vcpu_state": "state",
     "import_start_token": "commit",
 }
-_RETURN_MESSAGES: Final = (AbortToken, Committed, Failed, Hello, SessionStarted)
+_RETURN_MESSAGES: Final = (AbortToken, Committed, Failed, Hello, InOrderDone, SessionStarted)
 
 LINGER_SECONDS: Final = 3.0
 """How long a destination stays reachable at its end, so that the source can read how it ended."""
@@ -146,23 +147,28 @@ class DestinationSession(Side):
     # --- both paths ------------------------------------------------------------------------------
 
     def _receive(self) -> Steps[Record]:
-        """The next record.  PeerLost after `peer_timeout` seconds without a byte."""
+        """The next record.  PeerLost if the source takes `peer_timeout` seconds to begin it, or as
+        long to complete it: single bytes now and then are no sign of life."""
         end = self.clock() + self.options.peer_timeout
-        arrived = self.transport.bytes_received
+        begun = not self._forward_path.at_boundary
         while not self._records:
             self._check_stop(None)
-            if self.transport.poll(0.0):
-                self._records.extend(self._forward_path.records(self._next_bytes()))
-            elif self.clock() >= end:
-                raise PeerLost(
-                    f"{self.transport.peer} sent nothing for {self.options.peer_timeout:g} s"
-                )
-            else:
+            if not self.transport.poll(0.0):
+                if self.clock() >= end:
+                    raise self._too_slow(begun)
                 yield Activity.WAITING
-            if self.transport.bytes_received != arrived:
-                arrived = self.transport.bytes_received
-                end = self.clock() + self.options.peer_timeout
+                continue
+            self._records.extend(self._forward_path.records(self._next_bytes()))
+            if not begun:
+                begun, end = True, self.clock() + self.options.peer_timeout
         return self._records.popleft()
+
+    def _too_slow(self, begun: bool) -> PeerLost:
+        peer, limit = self.transport.peer, f"{self.options.peer_timeout:g} s"
+        if not begun:
+            return PeerLost(f"{peer} sent nothing for {limit}")
+        at = self._forward_path.offset
+        return PeerLost(f"{peer} did not complete the record at byte {at} within {limit}")
 
     def _next_bytes(self) -> bytes:
         try:

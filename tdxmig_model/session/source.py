@@ -13,6 +13,7 @@ from tdxmig_model.engine import Decision, ExportOutcome, PreCopy, PreCopyLimits,
 from tdxmig_model.engine.commands import Backend, Command, Gpas, Result, Send
 from tdxmig_model.errors import BackendError, PeerError, PeerLost, TdxmigError, UsageError
 from tdxmig_model.session.common import (
+    DECISION_TIMEOUTS,
     RECEIVE_SIZE,
     Activity,
     Ending,
@@ -30,14 +31,16 @@ from tdxmig_model.wire.extensions import (
     Capability,
     Committed,
     Failed,
+    InOrderDone,
     ReturnMessage,
     ReturnPathParser,
     SessionStarted,
     SourceAbort,
 )
+from tdxmig_model.wire.mbmd import Mbmd
 from tdxmig_model.wire.records import encode
 
-_RETURN_ONLY: Final = (AbortToken, Committed, Failed, SessionStarted)
+_RETURN_ONLY: Final = (AbortToken, Committed, Failed, InOrderDone, SessionStarted)
 
 
 class SourceSession(Side):
@@ -85,6 +88,7 @@ class SourceSession(Side):
         )
         self._return_path = ReturnPathParser()
         self._messages: deque[ReturnMessage] = deque()
+        self._decision_end: float | None = None
 
     @property
     def _engine(self) -> object:
@@ -109,6 +113,7 @@ class SourceSession(Side):
         for vcpu in range(self.vcpus):
             self._fire("export_vcpu_state", {"vcpu": vcpu}, vcpu=vcpu)
             yield Activity.MOVED
+        yield from self._await_in_order()
         self._check_peer()
         self._fire("finish_epochs")
         self.hooks.exported()
@@ -184,30 +189,43 @@ class SourceSession(Side):
         while not self.engine.session_started:
             self._take((yield from self._receive("SESSION_STARTED")))
 
+    def _await_in_order(self) -> Steps[None]:
+        """The start token is not given away without a sign that the destination lives and holds
+        everything before it."""
+        if Capability.IN_ORDER_DONE not in self.engine.agreed:
+            return
+        while not self.engine.in_order_done:
+            self._take((yield from self._receive("IN_ORDER_DONE")))
+
     def _await_commit(self) -> Steps[None]:
+        end = self._decide_by()
         while self.engine.committed is None:
-            self._take((yield from self._receive("COMMITTED")))
+            self._take((yield from self._receive("COMMITTED", end)))
         self.outcome.ending = Ending.MIGRATED
         self.outcome.sentence = (
             "The destination has the TD; the source is in POST_EXPORT, where it can neither run "
             "it nor take it back."
         )
 
-    def _receive(self, what: str) -> Steps[ReturnMessage]:
-        """The next message.  PeerLost after `peer_timeout` seconds without one.
+    def _decide_by(self) -> float:
+        """Until when the decision about the start token is waited for: one deadline for all of it,
+        so that a destination that keeps talking does not keep the source."""
+        if self._decision_end is None:
+            wait = DECISION_TIMEOUTS * self.options.peer_timeout
+            self._decision_end = self.clock() + wait
+        return self._decision_end
 
-        A peer that was lost already is not waited for again; what it had said is still read.
-        """
-        end = self.clock() + (0.0 if self._peer_lost else self.options.peer_timeout)
+    def _receive(self, what: str, end: float | None = None) -> Steps[ReturnMessage]:
+        """The next message.  PeerLost if there is none by `end`, or for `peer_timeout` seconds."""
+        began = self.clock()
+        end = began + self.options.peer_timeout if end is None else end
         while True:
             self._read()
             if self._messages:
                 return self._messages.popleft()
             self._check_stop(None)
             if self.clock() >= end:
-                raise PeerLost(
-                    f"{self.transport.peer} sent no {what} within {self.options.peer_timeout:g} s"
-                )
+                raise PeerLost(f"{self.transport.peer} sent no {what} within {end - began:g} s")
             yield Activity.WAITING
 
     def _read(self) -> None:
@@ -288,39 +306,79 @@ class SourceSession(Side):
 
     def _abort_with_peer(self) -> Steps[None]:
         """After the start token the destination decides; wait for what it says."""
-        lost = yield from self._await_decision()
+        lost = ""
+        while self.engine.committed is None and not lost:
+            lost = yield from self._await_decision()
+            if self.engine.abort_token is not None and self._take_back():
+                return
         if self.engine.committed is not None:
             self.outcome.ending = Ending.MIGRATED
             self.outcome.sentence = (
                 "The destination had taken the TD over before anything could be stopped; the "
                 "source stays in POST_EXPORT."
             )
-        elif self.engine.abort_token is None:
-            self.outcome.ending = Ending.UNDECIDED
-            self.outcome.sentence = (
-                f"The source gave its start token away and then lost the destination ({lost}): it "
-                "stays in POST_EXPORT and must not run the TD, because the destination may. An "
-                "abort token of that destination would bring the TD back here; if the destination "
-                "runs it, destroy this one."
-            )
-        else:
-            self.machine.assume(abort_token=True)
+            return
+        self.outcome.ending = Ending.UNDECIDED
+        self.outcome.sentence = (
+            f"The source gave its start token away and then lost the destination ({lost}): it "
+            "stays in POST_EXPORT and must not run the TD, because the destination may. An "
+            "abort token of that destination would bring the TD back here; if the destination "
+            "runs it, destroy this one."
+        )
+
+    def _take_back(self) -> bool:
+        """Show the module the abort token; False if it is none, then a genuine one may follow."""
+        self.machine.assume(abort_token=True)
+        try:
             left: Gpas = self._fire("abort_with_token")
-            self._note_left(left)
-            self.run_guest(self.options.guest_budget)
-            self.outcome.sentence = (
-                "The destination gave up and proved it with its abort token; the source took the "
-                "TD back and runs it again."
-            )
+        except PeerError as refused:
+            self.engine.abort_token = None
+            self.machine.assume(abort_token=False)
+            self.trace.note(str(refused))
+            return False
+        self._note_left(left)
+        self.run_guest(self.options.guest_budget)
+        self.outcome.sentence = (
+            "The destination gave up and proved it with its abort token; the source took the "
+            "TD back and runs it again."
+        )
+        return True
 
     def _await_decision(self) -> Steps[str]:
-        """Wait for COMMITTED or an abort token; why there was neither, or the empty string."""
+        """Wait for COMMITTED or an abort token; why there was neither, or the empty string.
+
+        What cannot be said now is passed over: an abort token after it is as genuine.
+        """
+        why, end = "", self._decide_by()
         while self.engine.abort_token is None and self.engine.committed is None:
+            late = self.clock() >= end  # what has arrived by now is still read
+            relays = self.hooks.relays()  # asked first: what it gave until now is read below
             try:
-                self.engine.receive((yield from self._receive("COMMITTED or ABORT_TOKEN")))
+                message = self._last_words()
             except TdxmigError as error:
-                return str(error)
+                why, self._cannot_read = str(error), True
+                message = None
+            if message is None and (late or (self._cannot_read and not relays)):
+                return why or "it sent no decision in time"
+            if message is None:
+                yield Activity.WAITING
+                continue
+            try:
+                self.engine.receive(message)
+            except PeerError as error:
+                why = str(error)
+                if late:
+                    return why
         return ""
+
+    def _last_words(self) -> ReturnMessage | None:
+        """What the destination says, or an abort token of it that came another way."""
+        token = self.hooks.relayed_abort_token()
+        if token is not None:
+            return AbortToken(Mbmd.unpack(token))
+        if not self._messages and not self._cannot_read:
+            self._read()
+        return self._messages.popleft() if self._messages else None
 
     def _note_left(self, left: Gpas) -> None:
         if left.size:

@@ -58,6 +58,18 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class Built:
+    """The source's TD is there: from now on it can connect at once."""
+
+
+@dataclass(frozen=True, slots=True)
+class PeerEnded:
+    """The other side's session is over: nothing more comes from it than this, if it made one."""
+
+    abort_token: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
 class Failure:
     """A side could not even run its session.  `usage`: the environment is to blame."""
 
@@ -85,6 +97,10 @@ class SideReport:
     steps_checked: int = 0
     probes: tuple[Probe, ...] = ()
     guest_instructions: int = 0
+    session: str = ""
+    """Session id in hexadecimal; empty if no session began."""
+    whole: bool = True
+    """False: sent ahead, as soon as the session was over; a whole one follows."""
     trace_failure: str | None = None
     """Why the trace of this side is incomplete."""
 
@@ -97,6 +113,10 @@ class Link:
         self._sending = threading.Lock()
         self._inbox: queue.SimpleQueue[object] = queue.SimpleQueue()
         self.stop_reason: str | None = None
+        self.peer_ended = False
+        self.peer_built = False
+        self.session_began = False
+        self._abort_token: bytes | None = None
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -105,8 +125,14 @@ class Link:
                 item = self._connection.recv()
             except (EOFError, OSError):
                 self.stop_reason = self.stop_reason or "the supervisor went away"
+                self.peer_ended = True
                 self._inbox.put(None)
                 return
+            if isinstance(item, Built):
+                self.peer_built = True
+            if isinstance(item, PeerEnded):
+                self._abort_token = item.abort_token or self._abort_token
+                self.peer_ended = True
             if isinstance(item, Stop):
                 self.stop_reason = self.stop_reason or item.reason
             self._inbox.put(item)
@@ -118,6 +144,11 @@ class Link:
                 self._connection.send(item)
             except (BrokenPipeError, OSError):
                 self.stop_reason = self.stop_reason or "the supervisor went away"
+
+    def take_abort_token(self) -> bytes | None:
+        """The abort token that the supervisor relayed; once."""
+        token, self._abort_token = self._abort_token, None
+        return token
 
     def addresses(self, timeout: float) -> Addresses:
         """Wait for the addresses of the destination.  PeerLost if they do not come."""
@@ -167,6 +198,12 @@ class ChildHooks(Hooks):
             self._told_phase, self._told_at = progress.phase, now
             self._link.tell(progress)
 
+    def relayed_abort_token(self) -> bytes | None:
+        return self._link.take_abort_token()
+
+    def relays(self) -> bool:
+        return not self._link.peer_ended
+
     def exported(self) -> None:
         self._exported()
 
@@ -181,9 +218,12 @@ def child_main(program: Program, connection: Connection, options: RunOptions, pl
     try:
         link.tell(program(link, options, place))
     except TdxmigError as error:
-        link.tell(Failure(str(error), isinstance(error, UsageError)))
+        usage = isinstance(error, UsageError) and not link.session_began
+        link.tell(Failure(str(error), usage))
     except (OSError, MemoryError) as error:
-        link.tell(Failure(f"this host refused: {error or type(error).__name__}", usage=True))
+        # Once the session began there is an outcome to tell, which a usage error would hide.
+        text = f"this host refused: {error or type(error).__name__}"
+        link.tell(Failure(text, usage=not link.session_began))
     except Exception as error:
         if os.environ.get("TDXMIG_DEBUG") == "1":
             traceback.print_exc()

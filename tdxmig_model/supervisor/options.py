@@ -8,14 +8,21 @@ from typing import Final
 
 from tdxmig_model.errors import UsageError
 from tdxmig_model.names import NAMES, Kind
+from tdxmig_model.session import DECISION_TIMEOUTS
 from tdxmig_model.transport import Faults
 from tdxmig_model.wire.constants import MAX_ENTRIES, PAGE_SIZE
+from tdxmig_model.wire.extensions import MAX_VCPUS
 
 SIDES: Final = ("source", "destination")
 TRANSPORTS: Final = ("unix", "tcp")
 LEAST_DEADLINE: Final = 300.0
 """Seconds that a run may take whatever its memory."""
 SLOWEST: Final = 1 << 20
+"""Bytes of memory for which it may take one second more."""
+
+LEAST_BUILD: Final = 30.0
+"""Seconds that a side may take to build its TD whatever its memory."""
+SLOWEST_BUILD: Final = 8 << 20
 """Bytes of memory for which it may take one second more."""
 
 
@@ -92,16 +99,31 @@ class RunOptions:
     injected: Injected = field(default_factory=Injected)
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         if self.memory <= 0 or self.memory % PAGE_SIZE:
             raise UsageError(f"memory of {self.memory} bytes: it is a multiple of {PAGE_SIZE}")
         if not 1 <= self.batch <= MAX_ENTRIES:
             raise UsageError(f"batch of {self.batch} pages: it is 1 to {MAX_ENTRIES}")
-        if self.vcpus < 1:
-            raise UsageError(f"{self.vcpus} vCPUs: a TD has at least one")
+        if not 1 <= self.vcpus <= MAX_VCPUS:
+            raise UsageError(f"{self.vcpus} vCPUs: a TD has 1 to {MAX_VCPUS}")
+        if self.seed < 0:
+            raise UsageError(f"seed {self.seed}: it is 0 or more")
+        if not 0 < self.peer_timeout < float("inf"):
+            raise UsageError(f"peer timeout of {self.peer_timeout:g} s: it is positive and finite")
         if self.deadline is not None and not 0 < self.deadline < float("inf"):
             raise UsageError(f"deadline of {self.deadline:g} s: it is positive and finite")
         if self.transport not in TRANSPORTS:
             raise UsageError(f"transport {self.transport!r}: it is {' or '.join(TRANSPORTS)}")
+
+    def _check_numbers(self) -> None:
+        for name in ("memory", "vcpus", "batch", "seed"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise UsageError(f"{name} {value!r}: it is a whole number")
+        for name in ("peer_timeout", "deadline"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float | None) or isinstance(value, bool):
+                raise UsageError(f"{name} {value!r}: it is a number of seconds")
 
     @property
     def seconds(self) -> float:
@@ -112,8 +134,14 @@ class RunOptions:
 
     @property
     def patience(self) -> float:
-        """Seconds that a side may need to end once its peer has: digests take time with memory."""
-        return self.peer_timeout + self.memory / (100 << 20)
+        """Seconds that a side may need to end once its peer has: it may wait for a decision, and
+        digests take time with memory."""
+        return (DECISION_TIMEOUTS + 1) * self.peer_timeout + self.memory / (100 << 20)
+
+    @property
+    def build_seconds(self) -> float:
+        """Seconds that a side may need to build its TD."""
+        return LEAST_BUILD + self.memory / SLOWEST_BUILD
 
     @property
     def pages(self) -> int:

@@ -22,7 +22,9 @@ from tdxmig_model.premigration import make_identity
 from tdxmig_model.session import Progress
 from tdxmig_model.supervisor.child import (
     Addresses,
+    Built,
     Failure,
+    PeerEnded,
     Place,
     Program,
     SideReport,
@@ -186,6 +188,10 @@ def _on_message(watch: Watch, child: Child) -> None:
             watch.on_progress(item)
         case SideReport():
             child.report = item
+            if not (item.whole and item.session):  # told ahead
+                _tell_peer(watch, child, PeerEnded(item.outcome.abort_token))
+        case Built():
+            _tell_peer(watch, child, item)
         case Failure():
             child.failure = item
         case Addresses():
@@ -195,8 +201,16 @@ def _on_message(watch: Watch, child: Child) -> None:
 def _on_end(watch: Watch, child: Child) -> None:
     """One side is gone: the other notices by itself, unless it has no connection yet or hangs."""
     watch.deadline = min(watch.deadline, monotonic() + watch.options.patience)
-    if child.report is None:
+    if child.report is None or not child.report.whole:
+        _tell_peer(watch, child, PeerEnded(None))
         _tell(watch, Stop(f"the {child.side} is gone: {child.gone}"))
+
+
+def _tell_peer(watch: Watch, child: Child, item: object) -> None:
+    """Tell the other side: the connection between the two may be gone."""
+    for side in watch.children:
+        if side != child.side:
+            _tell(watch, item, only=side)
 
 
 def _tell(watch: Watch, item: object, only: str = "") -> None:

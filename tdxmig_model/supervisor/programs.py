@@ -11,7 +11,7 @@ from typing import Final, Protocol
 from tdxmig_model.backend.soft.backend import SoftBackend, soft_destination, soft_source
 from tdxmig_model.backend.soft.module import PROFILES, Profile
 from tdxmig_model.engine.commands import Command, ExportAbort, VpEnter
-from tdxmig_model.errors import PeerLost, Refused, TdxmigError, UsageError
+from tdxmig_model.errors import PeerError, PeerLost, Refused, TdxmigError, UsageError
 from tdxmig_model.premigration import MigrationKey, Role, Versions, exchange
 from tdxmig_model.session import (
     RUNNABLE_STATES,
@@ -24,6 +24,7 @@ from tdxmig_model.session import (
 )
 from tdxmig_model.supervisor.child import (
     Addresses,
+    Built,
     ChildHooks,
     Link,
     Place,
@@ -34,9 +35,13 @@ from tdxmig_model.supervisor.child import (
 from tdxmig_model.supervisor.faults import FaultyTransport
 from tdxmig_model.supervisor.options import RunOptions, trace_path
 from tdxmig_model.trace import TraceWriter
-from tdxmig_model.transport import Listener, Transport, connect
+from tdxmig_model.transport import Listener, SocketTransport, Transport, connect
+from tdxmig_model.wire.extensions import Capability, Hello, encode_forward
 
-CONNECT_SECONDS: Final = 30.0
+PREMIGRATION_TIMEOUTS: Final = 3
+"""Peer timeouts that the source gives pre-migration: the destination may have to wait first for
+somebody else who connected and says nothing."""
+HELLO_BYTES: Final = len(encode_forward(Hello(bytes(16), Capability(0), 0, 1, 1)))
 SLICE: Final = 2_000
 """Guest instructions of each vCPU that show that the TD runs."""
 
@@ -50,11 +55,13 @@ def run_source(link: Link, options: RunOptions, place: Place) -> SideReport:
         profile=_module_profile(options),
         seed=options.seed,
     )
+    link.tell(Built())
     try:
-        addresses = link.addresses(CONNECT_SECONDS)
-        with closing(_connect_plain(addresses.premigration)) as plain:
-            session_id = _premigrate("source", plain, place, backend)
-        transport: Transport = connect(addresses.migration, CONNECT_SECONDS)
+        addresses = link.addresses(options.build_seconds)
+        with closing(_connect_plain(addresses.premigration, options.peer_timeout)) as plain:
+            limit = PREMIGRATION_TIMEOUTS * options.peer_timeout
+            session_id = _premigrate("source", plain, place, backend, link, limit)
+        transport: Transport = connect(addresses.migration, options.peer_timeout)
     except TdxmigError as error:
         return _never_began("source", backend, error)
     if options.injected.stream is not None:
@@ -72,12 +79,12 @@ def run_source(link: Link, options: RunOptions, place: Place) -> SideReport:
             options=_session_options(options),
             hooks=ChildHooks("source", link, options, lambda: digests.append(_digests(backend))),
         )
-        outcome = session.run()
-        report = SideReport(outcome)
+        report = _run(link, session)
+        outcome = report.outcome
         if outcome.op_state == "POST_EXPORT":
             report.probes = _try_what_is_refused(session)
         report.steps_checked = session.enforcer.steps_checked
-    report.trace_failure = trace.failure
+    report.trace_failure, report.whole = trace.failure, True
     if digests:
         report.memory_digest, report.vcpu_digests = digests[-1]
     return report
@@ -100,13 +107,20 @@ def run_destination(link: Link, options: RunOptions, place: Place) -> SideReport
             options=_session_options(options),
             hooks=ChildHooks("destination", link, options),
         )
-        outcome = session.run()
-        report = SideReport(outcome)
-        if outcome.ending is Ending.MIGRATED:
+        report = _run(link, session)
+        if report.outcome.ending is Ending.MIGRATED:
             report.memory_digest, report.vcpu_digests = _digests(backend)
             report.guest_instructions = session.run_guest(SLICE)
         report.steps_checked = session.enforcer.steps_checked
-    report.trace_failure = trace.failure
+    report.trace_failure, report.whole = trace.failure, True
+    return report
+
+
+def _run(link: Link, session: Side) -> SideReport:
+    """Run the session, and tell how it ended before anything else can go wrong."""
+    link.session_began = True
+    report = SideReport(session.run(), session=session.trace.session, whole=False)
+    link.tell(report)
     return report
 
 
@@ -119,11 +133,51 @@ def _accept_source(
         Listener(_migration_address(options, place)) as listener,
     ):
         link.tell(Addresses(str(listener.address), plain_listener.getsockname()))
-        _await_connection(plain_listener, link)
-        with closing(plain_listener.accept()[0]) as plain:
-            session_id = _premigrate("destination", plain, place, backend)
-        _await_connection(listener, link)
-        return session_id, listener.accept(CONNECT_SECONDS)
+        session_id = _premigrate_with_source(plain_listener, link, options, place, backend)
+        return session_id, _accept_stream(listener, session_id, link, options)
+
+
+def _premigrate_with_source(
+    listener: socket.socket, link: Link, options: RunOptions, place: Place, backend: SoftBackend
+) -> bytes:
+    """Pre-migrate with whoever proves to be the source; others may have connected before it."""
+    problem: PeerError | None = None
+    while True:
+        _await_connection(listener, link, options, problem)
+        with closing(listener.accept()[0]) as plain:
+            try:
+                limit = options.peer_timeout
+                return _premigrate("destination", plain, place, backend, link, limit)
+            except PeerError as error:
+                problem = error  # told if the source goes away, because then it was the source
+
+
+def _accept_stream(
+    listener: Listener, session_id: bytes, link: Link, options: RunOptions
+) -> SocketTransport:
+    """The connection that opens with a HELLO of this session; others are closed."""
+    waiting: list[SocketTransport] = []
+    end = monotonic() + options.patience
+    found: SocketTransport | None = None
+    try:
+        while found is None:
+            _check_source(link, None)
+            if monotonic() >= end:
+                raise PeerLost(f"the source did not begin within {options.patience:g} s")
+            if _readable(listener, 10):
+                waiting.append(listener.accept(0.0))
+            for transport in [one for one in waiting if one.poll()]:
+                head = transport.peek(HELLO_BYTES)
+                if session_id in head:
+                    found = transport
+                elif not head or len(head) == HELLO_BYTES:
+                    waiting.remove(transport)
+                    transport.close()
+        return found
+    finally:
+        for transport in waiting:
+            if transport is not found:
+                transport.close()
 
 
 def _never_began(side: str, backend: SoftBackend, error: TdxmigError) -> SideReport:
@@ -184,7 +238,9 @@ def _probe(session: Side, command: Command) -> Probe:
 # --- pre-migration -------------------------------------------------------------------------------
 
 
-def _premigrate(role: Role, plain: socket.socket, place: Place, backend: SoftBackend) -> bytes:
+def _premigrate(
+    role: Role, plain: socket.socket, place: Place, backend: SoftBackend, link: Link, limit: float
+) -> bytes:
     """Exchange migration keys over TLS and give the peer's to the module; the session id."""
     agreement = exchange(
         role,
@@ -193,7 +249,8 @@ def _premigrate(role: Role, plain: socket.socket, place: Place, backend: SoftBac
         place.peer_certificate,
         MigrationKey(backend.read_migration_encryption_key()),
         Versions(),
-        CONNECT_SECONDS,
+        limit,
+        lambda: link.stop_reason,
     )
     backend.write_migration_decryption_key(agreement.peer_key.take())
     return agreement.session_id
@@ -209,10 +266,10 @@ def _listen_plain(options: RunOptions, place: Place) -> socket.socket:
     return listening
 
 
-def _connect_plain(address: PlainAddress) -> socket.socket:
+def _connect_plain(address: PlainAddress, timeout: float) -> socket.socket:
     family = socket.AF_UNIX if isinstance(address, str) else socket.AF_INET
     plain = socket.socket(family, socket.SOCK_STREAM)
-    plain.settimeout(CONNECT_SECONDS)
+    plain.settimeout(timeout)
     try:
         plain.connect(address)
     except OSError as error:
@@ -231,13 +288,33 @@ class _Listening(Protocol):
     def fileno(self) -> int: ...
 
 
-def _await_connection(listening: _Listening, link: Link) -> None:
-    """Wait until somebody connects.  PeerLost: nobody did in time, or the run is stopped."""
-    end = monotonic() + CONNECT_SECONDS
+def _await_connection(
+    listening: _Listening, link: Link, options: RunOptions, problem: PeerError | None
+) -> None:
+    """Wait until somebody connects; the source has to once its TD is built.
+
+    PeerLost: nobody did in time, or the run is stopped.  `problem` is raised if the source is gone.
+    """
+    limit, built = options.build_seconds, False
+    end = monotonic() + limit
+    while not _readable(listening, 100):
+        _check_source(link, problem)
+        if link.peer_built and not built:
+            limit, built = options.peer_timeout, True
+            end = monotonic() + limit
+        if monotonic() >= end:
+            raise PeerLost(f"the source did not connect within {limit:g} s")
+
+
+def _check_source(link: Link, problem: PeerError | None) -> None:
+    """Raise PeerLost if the run is stopped or the source is gone."""
+    if link.stop_reason is not None:
+        raise PeerLost(f"the source never connected: {link.stop_reason}")
+    if link.peer_ended:
+        raise problem or PeerLost("the source ended before it had connected")
+
+
+def _readable(listening: _Listening, milliseconds: int) -> bool:
     poller = select.poll()
     poller.register(listening.fileno(), select.POLLIN)
-    while not poller.poll(100):
-        if link.stop_reason is not None:
-            raise PeerLost(f"the source never connected: {link.stop_reason}")
-        if monotonic() >= end:
-            raise PeerLost(f"the source did not connect within {CONNECT_SECONDS:g} s")
+    return bool(poller.poll(milliseconds))

@@ -25,6 +25,8 @@ class End:
     side: str
     report: SideReport | None
     gone: str = ""
+    migrated: bool = False
+    """Its session ended with the TD at the destination, whatever became of its process then."""
 
     @property
     def runnable(self) -> bool:
@@ -54,6 +56,11 @@ def explain(source: End, destination: End) -> str:
         how = ", taken back with the abort token of the destination"
         token = how if took_back_with_token(source) else ""
         return f"The source runs the TD{token}; {destination.text}, {_why_not(destination)}."
+    if source.migrated or destination.migrated:
+        return (
+            f"No side can run the TD: the destination had taken it over, {destination.text}, and "
+            f"{source.text}."
+        )
     return f"No side can run the TD: {_why_none(source, destination)}."
 
 

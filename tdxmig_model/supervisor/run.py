@@ -10,8 +10,8 @@ from pathlib import Path
 from tdxmig_model.errors import TdxmigError, UsageError
 from tdxmig_model.session import Ending, Progress, SideOutcome
 from tdxmig_model.supervisor.child import SideReport
-from tdxmig_model.supervisor.options import SIDES, RunOptions, trace_path
-from tdxmig_model.supervisor.parent import Watch, run_children, work_directory
+from tdxmig_model.supervisor.options import RunOptions, trace_path
+from tdxmig_model.supervisor.parent import Child, Watch, run_children, work_directory
 from tdxmig_model.supervisor.result import (
     End,
     RunResult,
@@ -20,6 +20,8 @@ from tdxmig_model.supervisor.result import (
     took_back_with_token,
 )
 from tdxmig_model.supervisor.signals import StopSignals
+from tdxmig_model.supervisor.tracefiles import reserved, written_traces
+from tdxmig_model.trace import read_trace
 
 
 def run_migration(
@@ -37,7 +39,7 @@ def run_migration(
         with StopSignals() as own:
             return run_migration(options, on_progress, own)
     _check_memory(options)
-    with work_directory(options) as (work, traces):
+    with work_directory(options) as (work, traces), reserved(traces):
         watch = run_children(options, work, traces, on_progress, signals)
         for child in watch.children.values():
             if child.failure is not None and child.failure.usage:
@@ -57,29 +59,38 @@ def _check_memory(options: RunOptions) -> None:
 
 def _judge(watch: Watch, traces: Path) -> TraceVerdict:
     """The model's verdict, unless there is nothing whole to judge or somebody asks to stop."""
-    written = [path for path in (trace_path(traces, side) for side in SIDES) if path.exists()]
+    written = written_traces(traces)
     if not written:
         return TraceVerdict(False, False, reason="no trace was written: no session began")
     reports = [child.report for child in watch.children.values() if child.report is not None]
     failures = [one.trace_failure for one in reports if one.trace_failure is not None]
     if failures:
         return TraceVerdict(False, False, reason="; ".join(failures))
-    verdict = watch.signals.unless_stopped(lambda: _judge_written(written, watch.options))
+    verdict = watch.signals.unless_stopped(lambda: _judge_written(written, reports, watch.options))
     return verdict or TraceVerdict(False, False, reason=watch.signals.reason)
 
 
-def _judge_written(written: list[Path], options: RunOptions) -> TraceVerdict:
+def _judge_written(
+    written: dict[str, Path], reports: list[SideReport], options: RunOptions
+) -> TraceVerdict:
+    """The model's verdict on the traces, which must also end where the sides say they ended."""
     from tdxmig_model import replay
 
     try:
-        found = (
-            replay.judge(written[0], written[1], options.profile)
-            if len(written) == len(SIDES)
-            else replay.judge_one(written[0], options.profile)
-        )
+        records = {side: list(read_trace(path)) for side, path in written.items()}
+        found = replay.judge_records(list(records.values()), options.profile)
     except TdxmigError as error:
         return TraceVerdict(True, False, reason=str(error))
-    return TraceVerdict(True, found.ok, found.steps, found.reason)
+    reason = found.reason
+    for report in reports:
+        side, seen = report.outcome.side, report.outcome.op_state
+        if found.ok and side in records and report.session:
+            if records[side][0].session != report.session:
+                reason = f"the trace of the {side} is of another session"
+            elif found.final.get(f"{side}_op_state") != seen:
+                ends = found.final.get(f"{side}_op_state")
+                reason = f"the trace of the {side} ends in {ends}, and the {side} reports {seen}"
+    return TraceVerdict(True, found.ok and not reason, found.steps, reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +129,14 @@ def _result(watch: Watch, verdict: TraceVerdict, traces: Path) -> RunResult:
     options = watch.options
     children = watch.children
     both = _Both(children["source"].report, children["destination"].report)
-    ends = {side: End(side, child.report, child.gone) for side, child in children.items()}
+    ends = {side: _end(child) for side, child in children.items()}
     source, destination = both.source_outcome, both.destination_outcome
-    migrated = destination.ending is Ending.MIGRATED and destination.runnable
+    migrated = any(end.migrated for end in ends.values())
     total = _milliseconds(source.started_at, destination.runnable_at)
     sentence = explain(ends["source"], ends["destination"])
     sentence += _about_the_stop(both, options)
+    differs = _differs(both)
+    sentence += f" But {differs}." if differs else ""
     result_trace: dict[str, object] = {
         "judged": verdict.judged,
         "accepted": verdict.accepted,
@@ -138,7 +151,7 @@ def _result(watch: Watch, verdict: TraceVerdict, traces: Path) -> RunResult:
         ok=verdict.accepted and _as_asked(both, ends, options, migrated),
         ending=_ending(ends, migrated),
         sentence=sentence,
-        cause=watch.stop_reason if watch.stop_told else _cause(both, ends),
+        cause=watch.stop_reason if watch.stop_told else _cause(both, ends) or differs,
         profile=options.profile,
         transport=options.transport,
         pages=options.pages,
@@ -168,6 +181,13 @@ def _result(watch: Watch, verdict: TraceVerdict, traces: Path) -> RunResult:
     )
 
 
+def _end(child: Child) -> End:
+    """How a side ended.  One that told how its session ended and then failed is gone."""
+    report = child.report
+    migrated = report is not None and report.outcome.ending is Ending.MIGRATED
+    return End(child.side, report if report and report.whole else None, child.gone, migrated)
+
+
 def _as_asked(both: _Both, ends: dict[str, End], options: RunOptions, migrated: bool) -> bool:
     """Whether the run ended as it should: stopped with one owner, or migrated in every respect."""
     runnable = [end.side for end in ends.values() if end.runnable]
@@ -191,6 +211,13 @@ def _stopped(both: _Both, options: RunOptions) -> bool:
         both.source if options.stop_at and options.stop_at.side == "source" else both.destination
     )
     return report is not None and report.outcome.stopped
+
+
+def _differs(both: _Both) -> str:
+    """What the destination has otherwise than the source had it at the pause."""
+    compared = (("memory", both.memory_equal), ("vCPU state", both.vcpus_equal))
+    found = " and ".join(what for what, equal in compared if equal is False)
+    return f"the {found} of the destination differs from the source's at its pause" if found else ""
 
 
 def _about_the_stop(both: _Both, options: RunOptions) -> str:

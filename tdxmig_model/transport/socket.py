@@ -158,6 +158,13 @@ class SocketTransport:
             self._count(len(data))
             return data
 
+    def peek(self, limit: int) -> bytes:
+        """What has arrived, without taking it and without waiting; empty if nothing ever will."""
+        try:
+            return self._socket.recv(limit, socket.MSG_PEEK)
+        except OSError:
+            return b""
+
     def recv_into(self, buffer: Writable, timeout: float | None = None) -> int:
         self._check_open()
         target = memoryview(buffer).cast("B")

@@ -48,6 +48,7 @@ class MessageType(IntEnum):
     COMMITTED = 0x5404
     FAILED = 0x5405
     SOURCE_ABORT = 0x5406
+    IN_ORDER_DONE = 0x5407
 
 
 class Capability(IntFlag):
@@ -63,6 +64,8 @@ class Capability(IntFlag):
     """SOURCE_ABORT on the forward path."""
     POST_COPY = 16
     """Memory records after the start token."""
+    IN_ORDER_DONE = 32
+    """IN_ORDER_DONE on the return path, before the start token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +97,12 @@ class AbortToken:
 
 
 @dataclass(frozen=True, slots=True)
+class InOrderDone:
+    """The destination has imported the last vCPU state: it lives, and only the start token is
+    missing."""
+
+
+@dataclass(frozen=True, slots=True)
 class Committed:
     """The destination has committed.  `digest` is empty or 32 bytes (SHA-256 of its memory)."""
 
@@ -114,9 +123,9 @@ class SourceAbort:
     reason: str
 
 
-Message: TypeAlias = Hello | SessionStarted | AbortToken | Committed | Failed | SourceAbort
+ReturnMessage: TypeAlias = Hello | SessionStarted | InOrderDone | AbortToken | Committed | Failed
+Message: TypeAlias = ReturnMessage | SourceAbort
 ForwardMessage: TypeAlias = Hello | SourceAbort
-ReturnMessage: TypeAlias = Hello | SessionStarted | AbortToken | Committed | Failed
 
 FORWARD_TYPES: Final = frozenset({MessageType.HELLO, MessageType.SOURCE_ABORT})
 RETURN_TYPES: Final = frozenset(MessageType) - {MessageType.SOURCE_ABORT}
@@ -128,6 +137,7 @@ _LENGTHS: Final = {
     MessageType.COMMITTED: (0, DIGEST_SIZE),
     MessageType.FAILED: (0, MAX_REASON_SIZE),
     MessageType.SOURCE_ABORT: (0, MAX_REASON_SIZE),
+    MessageType.IN_ORDER_DONE: (0, 0),
 }
 
 
@@ -199,6 +209,8 @@ def _payload(message: Message) -> tuple[MessageType, bytes]:
             return MessageType.HELLO, _hello_payload(message)
         case SessionStarted():
             return MessageType.SESSION_STARTED, b""
+        case InOrderDone():
+            return MessageType.IN_ORDER_DONE, b""
         case AbortToken(mbmd):
             payload = mbmd.pack()
             _decode(MessageType.ABORT_TOKEN, payload, 0)
@@ -257,6 +269,8 @@ def _decode(message_type: MessageType, payload: bytes, at: int) -> Message:
             return _decode_hello(payload, at)
         case MessageType.SESSION_STARTED:
             return SessionStarted()
+        case MessageType.IN_ORDER_DONE:
+            return InOrderDone()
         case MessageType.ABORT_TOKEN:
             mbmd = Mbmd.unpack(payload, stream_offset=at)
             if mbmd.bundle_type is not BundleType.ABORT_TOKEN:

@@ -113,14 +113,19 @@ class IncrementalParser(Generic[Record_co]):
             raise self._failure
         if not self.at_boundary:
             arrived = self._taken + self._filled + self._chunk.nbytes + len(self._queue)
-            raise WireError(
+            self._failure = WireError(
                 "the stream ends inside a record",
                 offset=arrived,
                 field="record",
                 value=f"{arrived - self._record_start} bytes",
                 bound=f"the rest of the record that began at byte {self._record_start}",
             )
-        self._check_end()
+            raise self._failure
+        try:
+            self._check_end()
+        except WireError as failure:
+            self._failure = failure
+            raise
 
     def _take(self, count: int) -> memoryview | None:
         """Exactly `count` bytes, or None while they have not all arrived."""
