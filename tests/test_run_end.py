@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from iv_record import CHILDREN
 from test_run import MEMORY, nothing_is_left
 from test_session import SESSION, migrate
 
@@ -39,6 +40,7 @@ def test_a_connection_that_breaks_in_the_start_token_still_brings_the_td_back() 
 
 
 def test_a_destination_that_dies_after_it_committed_had_the_td() -> None:
+    CHILDREN.lost = 1
     result = run(injected=Injected(kill=At.parse("destination:cleanup")))
     assert (result.ok, result.ending) == (False, "migrated")
     assert (result.source_state, result.destination_state) == ("POST_EXPORT", None)
