@@ -14,7 +14,6 @@ from tdxmig_model.model import keys_rows
 from tdxmig_model.model.forks import FORKS
 from tdxmig_model.model.key_words import KEY_WORDS
 from tdxmig_model.model.keys import KEYS
-from tdxmig_model.model.systems import SYSTEMS
 from tdxmig_model.model.terms import TERMS
 from tdxmig_model.model.words import HARDENED, TDX_1_5_01, without
 from tdxmig_model.smt.induction import prove
@@ -68,13 +67,6 @@ def test_a_row_has_a_reason_a_citation_and_a_lane(system: System) -> None:
         assert re.match(r"TD[HG]\.", step.cite)
         assert step.actor in LANES
         assert step.then
-
-
-def test_what_names_a_guard_names_it_in_one_model() -> None:
-    steps = [step.name for system in SYSTEMS for step in system.steps]
-    assert (
-        len({s for s in steps if steps.count(s) > 1} & {s.name for o in OURS for s in o.steps}) == 0
-    )
 
 
 @named

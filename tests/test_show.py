@@ -109,6 +109,8 @@ def test_several_names_are_shown_one_after_the_other(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda s: s.name)
 def test_a_row_is_shown_whole(system: Any, capsys: pytest.CaptureFixture[str]) -> None:
     for step in system.steps:
+        if system.base is not None and system.base.has_step(step.name):
+            continue  # shown with the smaller model
         item = step_item(system, step)
         assert [need["label"] for need in item["when"]] == [n.label for n in step.when]
         assert [need["formula"] for need in item["when"]] == [str(n.formula) for n in step.when]

@@ -226,7 +226,7 @@ def _deletion(text: str, profile: str) -> tuple[str, Deletion]:
     step, _, label = text.partition(":")
     known = {
         f"{s.name}:{n.label}": model.name
-        for model in SYSTEMS
+        for model in reversed(SYSTEMS)  # a smaller model goes before those superposed on it
         for s in model.under(profile).steps
         for n in s.when
     }

@@ -123,7 +123,9 @@ class Link:
         while True:
             try:
                 item = self._connection.recv()
-            except (EOFError, OSError):
+            except (EOFError, OSError, TypeError):
+                # multiprocessing reads from a connection that another thread has just closed as
+                # if its descriptor were None: that is a TypeError.
                 self.stop_reason = self.stop_reason or "the supervisor went away"
                 self.peer_ended = True
                 self._inbox.put(None)
