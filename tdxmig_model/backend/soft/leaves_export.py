@@ -211,7 +211,7 @@ def export_track(call: Call) -> Steps[int]:
         EXPORTED_DIRTY_PAGES_REMAIN.
     Source: tdh_export_track.c.
 
-    Repair R1 (hardened): INVALID_RESUMPTION while a memory bundle is unfinished.
+    Repair R14 (hardened): INVALID_RESUMPTION while a memory bundle is unfinished.
     """
     registers = call.registers
     _, tdcs = yield from call.enter_td(Operand.RCX, registers.rcx, Mode.SHARED, Mode.EXCLUSIVE)
@@ -222,7 +222,7 @@ def export_track(call: Call) -> Steps[int]:
     if not link.initialized:
         raise refuse(Status.TDX_MIGRATION_STREAM_STATE_INCORRECT)
     if call.module.hardened and any(unfinished_memory(other) for other in tdcs.links[1:]):
-        # Repair R1: a token waits until every EXPORT.MEM call has ended.  Below is repair R10: the
+        # Repair R14: a token waits until every EXPORT.MEM call has ended.  Below is repair R10: the
         # token carries the version that the session began with.
         raise refuse(Status.TDX_INVALID_RESUMPTION)
     _advance_epoch(tdcs, final=call.command)

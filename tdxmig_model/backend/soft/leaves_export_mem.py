@@ -3,8 +3,9 @@
 TDX module 1.5.01, checks in its order.  Per entry the Secure EPT state and the counters are
 committed before the page is encrypted.  In profile "tdx-1.5.01" the bundle counts when its last
 entry is done, and a bad buffer or entry ends the call after earlier entries were committed.  In
-profile "hardened" (repair R1) the bundle counts when its MBMD is emitted, buffers and entries are
-checked before the commit, and what is wrong with them becomes the status of that entry alone.
+profile "hardened" the bundle counts when its MBMD is emitted (repairs R1 and R14), buffers and
+entries are checked before the commit, and what is wrong with them becomes the status of that entry
+alone (R13).
 """
 
 from __future__ import annotations
