@@ -178,3 +178,8 @@ def test_the_command_judges_paths(capsys):
     out = capsys.readouterr().out
     assert "liveness model" in out
     assert "exhausted" in out
+
+
+def test_a_path_that_the_published_module_lacks_is_told_by_its_repair():
+    (row,) = liveness(TDX_1_5_01, ["P48"]).rows
+    assert (row.verdict, row.kind, row.removed_by) == ("violated", "public", ("R8",))

@@ -439,3 +439,14 @@ def test_the_text_names_what_is_not_stated(capsys, monkeypatch):
 def test_wrong_arguments_are_usage_errors(capsys, arguments, hint):
     assert main(["verify", *arguments]) == 2
     assert hint in capsys.readouterr().err
+
+
+def test_a_violation_says_what_is_to_be_done(capsys):
+    """One that a public repair removes is public; any other is for the vendor first."""
+    code, out = run(capsys, "--profile", "tdx-1.5.01", "--property", "P28", "--jobs", "1")
+    assert code == 1
+    assert "P28 is public: R5 of specs/repairs.toml removes it" in out
+    code, out = run(capsys, "--profile", "tdx-1.5.01", "--property", "P31", "--jobs", "1")
+    assert code == 1
+    assert "P31 is unreported" in out
+    assert "report to the vendor before publishing (SECURITY.md)" in out
