@@ -1,10 +1,16 @@
 """Over the whole run: no software TDX module encrypts twice with one (key, IV) pair."""
 
+import signal
+
 import pytest
 from iv_record import CHILDREN, RECORD
 
 pytest.register_assert_rewrite("error_rows", "soft_pair", "soft_calls", "soft_migration")
 RECORD.install()
+# Whoever starts a program in the background may have it ignore these; the programs that tests start
+# must not inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session", autouse=True)

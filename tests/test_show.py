@@ -45,6 +45,7 @@ def test_every_listed_name_is_found() -> None:
 _KINDS = {
     **{f"{s.name} {w}": ("property",) for s in SYSTEMS for w in ("properties", "lemmas")},
     "widths properties": ("property",),
+    "liveness properties": ("property",),
     "OP_STATEs": ("state",),
     "source phases": ("state",),
     "destination phases": ("state",),

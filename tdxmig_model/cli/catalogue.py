@@ -18,6 +18,7 @@ from tdxmig_model.expr import Assign, EnumType, Goal, Need, Property, Step, Syst
 from tdxmig_model.model.control_properties import CONTROL
 from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.lifecycle import LIFECYCLE
+from tdxmig_model.model.paths import PATHS, Path
 from tdxmig_model.model.systems import SYSTEMS as ALL_SYSTEMS
 from tdxmig_model.model.words import HARDENED, PROFILES
 from tdxmig_model.project import Edge, edges
@@ -67,6 +68,7 @@ def listing() -> dict[str, list[str]]:
         lists[f"{system.name} lemmas"] = [p.identifier for p in claimed if p.level == "lemma"]
         lists[f"{system.name} goals"] = [g.identifier for g in system.goals]
     lists[f"{widths.WIDTHS} properties"] = list(widths.SENTENCES)
+    lists["liveness properties"] = [path.identifier for path in PATHS]
     lists["OP_STATEs"] = list(_members(*STATES[0][:2]))
     lists["source phases"] = list(_members(*STATES[2][:2]))
     lists["destination phases"] = list(_members(*STATES[3][:2]))
@@ -156,6 +158,26 @@ def _properties(name: str, _profile: str) -> Iterator[Item]:
     for identifier, sentence in widths.SENTENCES.items():
         if identifier.lower() == name.lower():
             yield _property_by_lemmas(identifier, sentence)
+    for path in PATHS:
+        if path.identifier.lower() == name.lower():
+            yield _property_of_paths(path)
+
+
+def _property_of_paths(path: Path) -> Item:
+    """What can or must follow a state: the formula says from where, and what is to be reached."""
+    word = "must" if path.must else "can"
+    return {
+        "kind": "property",
+        "name": path.identifier,
+        "model": "liveness",
+        "level": path.level,
+        "sentence": path.sentence,
+        "formula": f"from ({path.premise}) a state {word} be reached with ({path.goal})",
+        "guards": [],
+        "witness": None,
+        "cite": "",
+        "profiles": None,
+    }
 
 
 def _property_by_lemmas(identifier: str, sentence: str) -> Item:
