@@ -37,7 +37,7 @@ from tdxmig_model.expr import (
     scalar,
     step,
 )
-from tdxmig_model.model.words import DESTINATION, MODULE, repaired
+from tdxmig_model.model.words import DESTINATION, MODULE, cite_leaf, repaired
 
 FIELD = index("Field")
 NUM_VCPUS = 0
@@ -145,11 +145,7 @@ def importable(position: Node) -> Node:
 unfinished = call.ne(NO_CALL)
 
 
-def _leaf(name: str, number: int) -> str:
-    return f"TDH.{name}, leaf {number}; {MODULE}"
-
-
-IMPORT = _leaf("IMPORT.STATE.IMMUTABLE", 85)
+IMPORT = cite_leaf("IMPORT.STATE.IMMUTABLE", 85)
 
 
 def _in(*states: Literal) -> Need:
@@ -193,7 +189,7 @@ STEPS = (
             _other,
         ),
         why="TD_PARAMS is checked and stored item by item; a call that fails keeps what it stored.",
-        cite=_leaf("MNG.INIT", 21),
+        cite=cite_leaf("MNG.INIT", 21),
     ),
     step(
         "control_mig_stream_create",
@@ -201,7 +197,7 @@ STEPS = (
         when=(_in(UNINITIALIZED, INITIALIZED), _lock),
         then=(has_streams.to(True), _other),
         why="An import needs a forward and a backward stream.",
-        cite=_leaf("MIG.STREAM.CREATE", 96),
+        cite=cite_leaf("MIG.STREAM.CREATE", 96),
     ),
     step(
         "control_set_migration_key",

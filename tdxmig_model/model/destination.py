@@ -55,6 +55,7 @@ from tdxmig_model.model.words import (
     STREAM,
     UNINITIALIZED,
     VCPU,
+    cite_leaf,
 )
 
 op_state = scalar("destination_op_state", OP_STATE, UNINITIALIZED, DESTINATION)
@@ -107,10 +108,6 @@ p = param("p", PAGE)
 v = param("v", VCPU)
 
 
-def _leaf(name: str, number: int) -> str:
-    return f"TDH.{name}, leaf {number}; {MODULE}"
-
-
 def _in(*states: Literal) -> Need:
     """The leaf's row of the OP_STATE permission table."""
     return need("op_state", op_state.in_(*states))
@@ -160,7 +157,7 @@ STEPS = (
         ),
         then=(num_migs.to(num_migs + 1),),
         why="Streams are created before the session; the first one is the backward stream.",
-        cite=_leaf("MIG.STREAM.CREATE", 96),
+        cite=cite_leaf("MIG.STREAM.CREATE", 96),
     ),
     step(
         "import_state_immutable",
@@ -184,7 +181,7 @@ STEPS = (
             accepted[m].to(True),
         ),
         why="The session starts with the immutable state; nothing can be imported before it.",
-        cite=_leaf("IMPORT.STATE.IMMUTABLE", 85),
+        cite=cite_leaf("IMPORT.STATE.IMMUTABLE", 85),
     ),
     step(
         "import_mem_begin",
@@ -210,7 +207,7 @@ STEPS = (
             expected_mb_counter[i].to(expected_mb_counter[i] + 1),
         ),
         why="A memory bundle is of this session, stream and epoch, and in order while in order.",
-        cite=_leaf("IMPORT.MEM", 83),
+        cite=cite_leaf("IMPORT.MEM", 83),
         part_of="import_mem",
     ),
     step(
@@ -224,7 +221,7 @@ STEPS = (
         ),
         then=(page[p].to(MAPPED), page_epoch[p].to(mig_epoch)),
         why="A page comes for the first time, or over one that was removed in an earlier epoch.",
-        cite=_leaf("IMPORT.MEM", 83),
+        cite=cite_leaf("IMPORT.MEM", 83),
         part_of="import_mem",
     ),
     step(
@@ -238,7 +235,7 @@ STEPS = (
         ),
         then=(page[p].to(PENDING), page_epoch[p].to(mig_epoch)),
         why="A page that the guest has not accepted yet comes without content, and stays so.",
-        cite=_leaf("IMPORT.MEM", 83),
+        cite=cite_leaf("IMPORT.MEM", 83),
         part_of="import_mem",
     ),
     step(
@@ -253,7 +250,7 @@ STEPS = (
         ),
         then=(page[p].to(PENDING), page_epoch[p].to(mig_epoch)),
         why="Accepted content is never replaced by a page that was not accepted.",
-        cite=_leaf("IMPORT.MEM", 83),
+        cite=cite_leaf("IMPORT.MEM", 83),
         part_of="import_mem",
     ),
     step(
@@ -268,7 +265,7 @@ STEPS = (
         ),
         then=(page[p].to(MAPPED), page_epoch[p].to(mig_epoch)),
         why="A newer version replaces one of an earlier epoch, while the TD cannot run.",
-        cite=_leaf("IMPORT.MEM", 83),
+        cite=cite_leaf("IMPORT.MEM", 83),
         part_of="import_mem",
     ),
     step(
@@ -283,7 +280,7 @@ STEPS = (
         ),
         then=(page[p].to(REMOVED), page_epoch[p].to(mig_epoch)),
         why="The source took the page back: the copy of an earlier epoch is dropped.",
-        cite=_leaf("IMPORT.MEM", 83),
+        cite=cite_leaf("IMPORT.MEM", 83),
         part_of="import_mem",
     ),
     step(
@@ -300,7 +297,7 @@ STEPS = (
             accepted[unfinished_bundle[i]].to(True),
         ),
         why="Every entry's MAC verified: the bundle counts.",
-        cite=_leaf("IMPORT.MEM", 83),
+        cite=cite_leaf("IMPORT.MEM", 83),
         part_of="import_mem",
     ),
     step(
@@ -320,7 +317,7 @@ STEPS = (
             accepted[m].to(True),
         ),
         why="A new epoch begins when every bundle before its token has been imported.",
-        cite=_leaf("IMPORT.TRACK", 84),
+        cite=cite_leaf("IMPORT.TRACK", 84),
     ),
     step(
         "import_track_start",
@@ -341,7 +338,7 @@ STEPS = (
             accepted[m].to(True),
         ),
         why="The start token is taken only when every vCPU, and so the TD state, has arrived.",
-        cite=_leaf("IMPORT.TRACK", 84),
+        cite=cite_leaf("IMPORT.TRACK", 84),
     ),
     step(
         "import_state_td",
@@ -362,7 +359,7 @@ STEPS = (
             td_imported.to(True),
         ),
         why="The TD-scope state comes once and opens the way for the vCPUs.",
-        cite=_leaf("IMPORT.STATE.TD", 86),
+        cite=cite_leaf("IMPORT.STATE.TD", 86),
     ),
     step(
         "import_state_vp",
@@ -386,7 +383,7 @@ STEPS = (
             accepted[m].to(True),
         ),
         why="Each vCPU is imported once, after the TD state.",
-        cite=_leaf("IMPORT.STATE.VP", 87),
+        cite=cite_leaf("IMPORT.STATE.VP", 87),
     ),
     step(
         "import_commit",
@@ -394,7 +391,7 @@ STEPS = (
         when=(_in(POST_IMPORT),),
         then=(op_state.to(LIVE_IMPORT),),
         why="The destination takes the TD over while pages may still come.",
-        cite=_leaf("IMPORT.COMMIT", 82),
+        cite=cite_leaf("IMPORT.COMMIT", 82),
     ),
     step(
         "import_end",
@@ -402,7 +399,7 @@ STEPS = (
         when=(_in(POST_IMPORT, LIVE_IMPORT),),
         then=(op_state.to(RUNNABLE),),
         why="The import is over and the TD belongs to the destination.",
-        cite=_leaf("IMPORT.END", 81),
+        cite=cite_leaf("IMPORT.END", 81),
     ),
     step(
         "import_abort",
@@ -413,7 +410,7 @@ STEPS = (
             network.abort_token.to(True),
         ),
         why="The destination gives up for ever, and says so in a token that the source can verify.",
-        cite=_leaf("IMPORT.ABORT", 80),
+        cite=cite_leaf("IMPORT.ABORT", 80),
     ),
     step(
         "import_failure",
@@ -437,7 +434,7 @@ STEPS = (
         when=(need("op_state", op_state.eq(LIVE_IMPORT)),),
         then=(op_state.to(RUNNABLE),),
         why="After the commit a failing page ends the import, and the TD goes on running.",
-        cite=_leaf("IMPORT.MEM", 83) + ", errors that abort always",
+        cite=cite_leaf("IMPORT.MEM", 83) + ", errors that abort always",
     ),
     step(
         "destination_vp_enter",
@@ -445,7 +442,7 @@ STEPS = (
         when=(_in(RUNNABLE, LIVE_EXPORT, LIVE_IMPORT),),
         then=(ran.to(True),),
         why="The guest runs on the destination.",
-        cite=_leaf("VP.ENTER", 0),
+        cite=cite_leaf("VP.ENTER", 0),
     ),
 )
 

@@ -40,6 +40,7 @@ from tdxmig_model.model.words import (
     RUNNABLE,
     SOURCE,
     UNINITIALIZED,
+    cite_leaf,
     repaired,
     unrepaired,
 )
@@ -98,10 +99,6 @@ VARIABLES = (
 
 d = param("d", TD)
 e = param("e", EXCHANGE)
-
-
-def _leaf(name: str, number: int) -> str:
-    return f"TDH.{name}, leaf {number}; {MODULE}"
 
 
 _READ = f"TDG.SERVTD.RD of MIG_ENC_KEY, TDCALL 18; {MODULE}"
@@ -185,7 +182,7 @@ SOURCE_STEPS = (
             opened[s_enc].to(True),
         ),
         why="A session takes the keys of the slots, and the slots are good for no other session.",
-        cite=_leaf("EXPORT.STATE.IMMUTABLE", 72),
+        cite=cite_leaf("EXPORT.STATE.IMMUTABLE", 72),
     ),
     step(
         "pause_session",
@@ -193,7 +190,7 @@ SOURCE_STEPS = (
         when=(need("op_state", s_op_state.eq(LIVE_EXPORT)),),
         then=(s_op_state.to(PAUSED_EXPORT),),
         why="The source TD stops running.",
-        cite=_leaf("EXPORT.PAUSE", 70),
+        cite=cite_leaf("EXPORT.PAUSE", 70),
     ),
     step(
         "issue_start_token",
@@ -201,7 +198,7 @@ SOURCE_STEPS = (
         when=(need("op_state", s_op_state.eq(PAUSED_EXPORT)),),
         then=(s_op_state.to(POST_EXPORT), start_token[s_enc_working].to(True)),
         why="The start token lets the holder of the session's key run the TD.",
-        cite=_leaf("EXPORT.TRACK", 71) + ", in-order done",
+        cite=cite_leaf("EXPORT.TRACK", 71) + ", in-order done",
     ),
     step(
         "abort_session",
@@ -209,7 +206,7 @@ SOURCE_STEPS = (
         when=(need("op_state", s_op_state.in_(LIVE_EXPORT, PAUSED_EXPORT)),),
         then=(s_op_state.to(RUNNABLE),),
         why="Before the start token the source takes the TD back by itself.",
-        cite=_leaf("EXPORT.ABORT", 64),
+        cite=cite_leaf("EXPORT.ABORT", 64),
     ),
     step(
         "abort_session_with_token",
@@ -226,7 +223,7 @@ SOURCE_STEPS = (
             accepted_token[s_enc_working].to(e),
         ),
         why="After the start token it takes an abort token under the session's backward key.",
-        cite=_leaf("EXPORT.ABORT", 64),
+        cite=cite_leaf("EXPORT.ABORT", 64),
     ),
 )
 
@@ -250,7 +247,7 @@ DESTINATION_STEPS = (
         ),
         then=(d_op_state[d].to(MEMORY_IMPORT), *_import_keys),
         why="A TD that is being built becomes a destination of the session of its key.",
-        cite=_leaf("IMPORT.STATE.IMMUTABLE", 85),
+        cite=cite_leaf("IMPORT.STATE.IMMUTABLE", 85),
     ),
     step(
         "fail_to_join",
@@ -262,7 +259,7 @@ DESTINATION_STEPS = (
         ),
         then=(d_op_state[d].to(FAILED_IMPORT), *_import_keys),
         why="A bundle that does not verify fails the import, after the keys were taken.",
-        cite=_leaf("IMPORT.STATE.IMMUTABLE", 85),
+        cite=cite_leaf("IMPORT.STATE.IMMUTABLE", 85),
     ),
     step(
         "take_start_token",
@@ -275,7 +272,7 @@ DESTINATION_STEPS = (
         ),
         then=(d_op_state[d].to(POST_IMPORT),),
         why="The start token under the session's forward key ends the in-order import.",
-        cite=_leaf("IMPORT.TRACK", 84),
+        cite=cite_leaf("IMPORT.TRACK", 84),
     ),
     step(
         "commit_import",
@@ -284,7 +281,7 @@ DESTINATION_STEPS = (
         when=(need("op_state", d_op_state[d].eq(POST_IMPORT)),),
         then=(d_op_state[d].to(LIVE_IMPORT), took_over[d].to(True)),
         why="The destination runs the TD while the rest of its memory comes.",
-        cite=_leaf("IMPORT.COMMIT", 82),
+        cite=cite_leaf("IMPORT.COMMIT", 82),
     ),
     step(
         "end_import",
@@ -293,7 +290,7 @@ DESTINATION_STEPS = (
         when=(need("op_state", d_op_state[d].in_(POST_IMPORT, LIVE_IMPORT)),),
         then=(d_op_state[d].to(RUNNABLE), took_over[d].to(True)),
         why="The destination runs the TD and imports no more.",
-        cite=_leaf("IMPORT.END", 81),
+        cite=cite_leaf("IMPORT.END", 81),
     ),
     step(
         "fail_import",
@@ -302,7 +299,7 @@ DESTINATION_STEPS = (
         when=(need("op_state", d_op_state[d].in_(MEMORY_IMPORT, POST_IMPORT)),),
         then=(d_op_state[d].to(FAILED_IMPORT),),
         why="A failed import before the commit can only be given up.",
-        cite=_leaf("IMPORT.MEM", 83) + ", fatal errors",
+        cite=cite_leaf("IMPORT.MEM", 83) + ", fatal errors",
     ),
     step(
         "fail_live_import",
@@ -314,7 +311,7 @@ DESTINATION_STEPS = (
             only(unrepaired("R9"), d_failed_live[d].to(True)),
         ),
         why="After the commit a failure ends the import, and the TD runs on.",
-        cite=_leaf("IMPORT.MEM", 83) + ", fatal errors",
+        cite=cite_leaf("IMPORT.MEM", 83) + ", fatal errors",
     ),
     step(
         "fail_in_flight",
@@ -326,7 +323,7 @@ DESTINATION_STEPS = (
         ),
         then=(d_op_state[d].to(FAILED_IMPORT),),
         why="An IMPORT.MEM that was in flight decides by the OP_STATE that it finds.",
-        cite=_leaf("IMPORT.MEM", 83) + ", fatal errors",
+        cite=cite_leaf("IMPORT.MEM", 83) + ", fatal errors",
         profiles=unrepaired("R9"),
     ),
     step(
@@ -336,6 +333,6 @@ DESTINATION_STEPS = (
         when=(need("op_state", d_op_state[d].in_(MEMORY_IMPORT, POST_IMPORT, FAILED_IMPORT)),),
         then=(d_op_state[d].to(FAILED_IMPORT), abort_token[d_enc_working[d]].to(True)),
         why="A destination that gave the TD up for ever says so under the backward key.",
-        cite=_leaf("IMPORT.ABORT", 80),
+        cite=cite_leaf("IMPORT.ABORT", 80),
     ),
 )

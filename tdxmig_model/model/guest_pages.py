@@ -45,6 +45,7 @@ from tdxmig_model.model.words import (
     REMOVED,
     SEPT,
     SOURCE,
+    cite_leaf,
     repaired,
     unrepaired,
 )
@@ -90,10 +91,6 @@ on_the_way = count("bundles of guest pages on their way", PAGE, lambda g: flying
 g = param("page", PAGE)
 
 
-def _leaf(name: str, number: int) -> str:
-    return f"TDH.{name}, leaf {number}; {MODULE}"
-
-
 def _accept() -> str:
     return f"TDG.MEM.PAGE.ACCEPT, TDCALL 6; {MODULE}"
 
@@ -126,7 +123,7 @@ SOURCE_STEPS = (
             flying.fill(lambda i: NONE),
         ),
         why="No page is left exported, and keys were exchanged with a destination that is new.",
-        cite=_leaf("EXPORT.STATE.IMMUTABLE", 72),
+        cite=cite_leaf("EXPORT.STATE.IMMUTABLE", 72),
     ),
     step(
         "export_guest_page",
@@ -138,7 +135,7 @@ SOURCE_STEPS = (
             here[g].to(choose(_pending, PENDING_EXPORTED_BLOCKEDW, EXPORTED_BLOCKEDW)),
         ),
         why="A page goes with its content, or as pending if the guest has not accepted it.",
-        cite=_leaf("EXPORT.MEM", 68),
+        cite=cite_leaf("EXPORT.MEM", 68),
     ),
     step(
         "cancel_guest_page",
@@ -147,7 +144,7 @@ SOURCE_STEPS = (
         when=(_source(MIGRATING), need("sept_state", here[g].in_(*EXPORTED)), _nothing_flies),
         then=(flying[g].to(CANCEL), _back),
         why="The page is taken back: the guest converts it, or it is to be exported again.",
-        cite=_leaf("EXPORT.MEM", 68) + ", CANCEL",
+        cite=cite_leaf("EXPORT.MEM", 68) + ", CANCEL",
     ),
     step(
         "convert_on_source",
@@ -159,7 +156,7 @@ SOURCE_STEPS = (
         ),
         then=(here[g].to(FREE),),
         why="The guest makes a page shared, and the VMM removes the private one.",
-        cite=_leaf("MEM.PAGE.REMOVE", 29),
+        cite=cite_leaf("MEM.PAGE.REMOVE", 29),
     ),
     step(
         "add_on_source",
@@ -168,7 +165,7 @@ SOURCE_STEPS = (
         when=(_source(RUNNING, MIGRATING), need("sept_state", here[g].eq(FREE))),
         then=(here[g].to(PENDING),),
         why="The guest wants the page private, and the VMM adds one that is to be accepted.",
-        cite=_leaf("MEM.PAGE.AUG", 6),
+        cite=cite_leaf("MEM.PAGE.AUG", 6),
     ),
     step(
         "accept_on_source",
@@ -189,7 +186,7 @@ SOURCE_STEPS = (
         ),
         then=(source.to(HANDED_OVER), given.to(True)),
         why="The start token, when every page and every bundle before it has arrived.",
-        cite=_leaf("EXPORT.TRACK", 71) + ", in-order done",
+        cite=cite_leaf("EXPORT.TRACK", 71) + ", in-order done",
     ),
     step(
         "abort_pages",
@@ -197,7 +194,7 @@ SOURCE_STEPS = (
         when=(_source(MIGRATING),),
         then=(source.to(RUNNING), session.to(False), flying.fill(lambda i: NONE)),
         why="Before the start token the source takes the TD back.",
-        cite=_leaf("EXPORT.ABORT", 64),
+        cite=cite_leaf("EXPORT.ABORT", 64),
     ),
     step(
         "abort_pages_with_token",
@@ -205,7 +202,7 @@ SOURCE_STEPS = (
         when=(_source(HANDED_OVER), need("abort_token", token)),
         then=(source.to(RUNNING), session.to(False), given.to(False), token.to(False)),
         why="After the start token it takes an abort token.",
-        cite=_leaf("EXPORT.ABORT", 64),
+        cite=cite_leaf("EXPORT.ABORT", 64),
     ),
     step(
         "restore_guest_page",
@@ -214,7 +211,7 @@ SOURCE_STEPS = (
         when=(_source(RUNNING), need("sept_state", here[g].in_(*EXPORTED))),
         then=(_back,),
         why="After an abort the exported pages are the guest's again.",
-        cite=_leaf("EXPORT.RESTORE", 66),
+        cite=cite_leaf("EXPORT.RESTORE", 66),
     ),
 )
 
@@ -225,7 +222,7 @@ DESTINATION_STEPS = (
         when=(_destination(IDLE), need("session", session), need("in_order", not_(given))),
         then=(destination.to(MIGRATING),),
         why="A new TD takes the immutable state.",
-        cite=_leaf("IMPORT.STATE.IMMUTABLE", 85),
+        cite=cite_leaf("IMPORT.STATE.IMMUTABLE", 85),
     ),
     step(
         "import_guest_page",
@@ -241,7 +238,7 @@ DESTINATION_STEPS = (
             there[g].to(choose(flying[g].eq(COPY), MAPPED, PENDING)),
         ),
         why="A page arrives for the first time, or over one that was removed.",
-        cite=_leaf("IMPORT.MEM", 83),
+        cite=cite_leaf("IMPORT.MEM", 83),
     ),
     step(
         "import_guest_cancel",
@@ -254,7 +251,7 @@ DESTINATION_STEPS = (
         ),
         then=(flying[g].to(NONE), there[g].to(REMOVED)),
         why="A page that was taken back leaves a mark, so that no older copy comes again.",
-        cite=_leaf("IMPORT.MEM", 83) + ", CANCEL",
+        cite=cite_leaf("IMPORT.MEM", 83) + ", CANCEL",
     ),
     step(
         "end_import_of_pages",
@@ -262,7 +259,7 @@ DESTINATION_STEPS = (
         when=(_destination(MIGRATING), need("start_token", given)),
         then=(destination.to(RUNNING),),
         why="The TD is the destination's.",
-        cite=_leaf("IMPORT.END", 81),
+        cite=cite_leaf("IMPORT.END", 81),
     ),
     step(
         "give_pages_up",
@@ -270,7 +267,7 @@ DESTINATION_STEPS = (
         when=(_destination(MIGRATING),),
         then=(destination.to(FAILED), token.to(given)),
         why="The destination gives up for ever; a token is of use once the start token is out.",
-        cite=_leaf("IMPORT.ABORT", 80),
+        cite=cite_leaf("IMPORT.ABORT", 80),
     ),
     step(
         "new_destination",
@@ -317,7 +314,7 @@ DESTINATION_STEPS = (
         ),
         then=(there[g].to(PENDING), asked[g].to(False)),
         why="The VMM adds the page that it was asked for.",
-        cite=_leaf("MEM.PAGE.AUG", 6),
+        cite=cite_leaf("MEM.PAGE.AUG", 6),
     ),
     step(
         "convert_on_destination",
@@ -326,7 +323,7 @@ DESTINATION_STEPS = (
         when=(_destination(RUNNING), need("sept_state", there[g].in_(MAPPED, PENDING))),
         then=(there[g].to(FREE),),
         why="The guest makes a page shared, and the VMM removes the private one.",
-        cite=_leaf("MEM.PAGE.REMOVE", 29),
+        cite=cite_leaf("MEM.PAGE.REMOVE", 29),
     ),
 )
 

@@ -45,6 +45,7 @@ from tdxmig_model.model.words import (
     REMOVED,
     RUNNABLE,
     SEPT,
+    cite_leaf,
     repaired,
 )
 
@@ -95,10 +96,6 @@ p = param("processor", PROCESSOR)
 f = param("leaf", LEAF)
 i = param("link", LINK)
 g = param("page", PAGE)
-
-
-def _cite(name: str, number: int) -> str:
-    return f"TDH.{name}, leaf {number}; {MODULE}"
 
 
 def _leaf(*leaves: Literal) -> Need:
@@ -179,7 +176,7 @@ STEPS = (
         when=(_order(HAS_LINK), _still_importing, need("sept_state", page[g].eq(FREE))),
         then=(page[g].to(MAPPED), times[g].to(times[g] + 1), _too_late),
         why="An entry is imported over a free one; its Secure EPT entry is locked meanwhile.",
-        cite=_cite("IMPORT.MEM", 83),
+        cite=cite_leaf("IMPORT.MEM", 83),
     ),
     step(
         "fail_entry",
@@ -192,7 +189,7 @@ STEPS = (
             _too_late,
         ),
         why="A wrong entry ends the import: the TD goes on running once it was committed.",
-        cite=_cite("IMPORT.MEM", 83) + ", errors that abort always",
+        cite=cite_leaf("IMPORT.MEM", 83) + ", errors that abort always",
     ),
     step(
         "commit_import",
@@ -201,7 +198,7 @@ STEPS = (
         when=(_order(CHECKED), _leaf(IMPORT_CONTROL), need("op_state", op_state.eq(POST_IMPORT))),
         then=(stage[p].to(DONE), op_state.to(LIVE_IMPORT), committed.to(True)),
         why="The destination takes the TD over.",
-        cite=_cite("IMPORT.COMMIT", 82),
+        cite=cite_leaf("IMPORT.COMMIT", 82),
     ),
     step(
         "end_import",
@@ -214,7 +211,7 @@ STEPS = (
         ),
         then=(stage[p].to(DONE), op_state.to(RUNNABLE), committed.to(True)),
         why="The import is over.",
-        cite=_cite("IMPORT.END", 81),
+        cite=cite_leaf("IMPORT.END", 81),
     ),
     step(
         "abort_import",
@@ -227,7 +224,7 @@ STEPS = (
         ),
         then=(stage[p].to(DONE), op_state.to(FAILED_IMPORT), token.to(True)),
         why="The destination gives up for ever, and makes a token.",
-        cite=_cite("IMPORT.ABORT", 80),
+        cite=cite_leaf("IMPORT.ABORT", 80),
     ),
     step(
         "remove_page",
@@ -239,7 +236,7 @@ STEPS = (
             page[g].to(choose(op_state.in_(*IMPORTING), REMOVED, FREE)),
         ),
         why="During an import a removed page leaves a mark, so that it is not imported again.",
-        cite=_cite("MEM.PAGE.REMOVE", 29),
+        cite=cite_leaf("MEM.PAGE.REMOVE", 29),
     ),
     step(
         "run_imported_guest",
@@ -248,7 +245,7 @@ STEPS = (
         when=(_order(CHECKED), _leaf(VP_ENTER)),
         then=(stage[p].to(GUEST),),
         why="The guest runs on the destination.",
-        cite=_cite("VP.ENTER", 0),
+        cite=cite_leaf("VP.ENTER", 0),
     ),
     step(
         "release_import",

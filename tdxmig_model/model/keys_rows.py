@@ -41,6 +41,7 @@ from tdxmig_model.model.words import (
     RUNNABLE,
     SOURCE,
     UNINITIALIZED,
+    cite_leaf,
     repaired,
     unrepaired,
 )
@@ -101,10 +102,6 @@ k = param("k", KEY)
 i = param("stream", LINK)
 c = param("counter", COUNTER)
 v = param("version", VERSION)
-
-
-def _leaf(name: str, number: int) -> str:
-    return f"TDH.{name}, leaf {number}; {MODULE}"
 
 
 def _in(*states: Literal) -> Need:
@@ -236,7 +233,7 @@ EXPORTS = (
         when=(_in(UNINITIALIZED),),
         then=(op_state.to(RUNNABLE),),
         why="A TD that is not imported is initialised, measured and finalised.",
-        cite=_leaf("MNG.INIT", 21) + "; TDH.MR.FINALIZE, leaf 17",
+        cite=cite_leaf("MNG.INIT", 21) + "; TDH.MR.FINALIZE, leaf 17",
     ),
     step(
         "start_export",
@@ -251,7 +248,7 @@ EXPORTS = (
             log_version[log_length].to(version),
         ),
         why="Keys and version are taken from the slots; the call may be interrupted from here on.",
-        cite=_leaf("EXPORT.STATE.IMMUTABLE", 72),
+        cite=cite_leaf("EXPORT.STATE.IMMUTABLE", 72),
     ),
     step(
         "finish_start",
@@ -259,7 +256,7 @@ EXPORTS = (
         when=(_in(RUNNABLE, LIVE_IMPORT), need("starting", starting)),
         then=(op_state.to(LIVE_EXPORT), starting.to(False)),
         why="The call that began the session ends; if it was interrupted, after a RESUME.",
-        cite=_leaf("EXPORT.STATE.IMMUTABLE", 72),
+        cite=cite_leaf("EXPORT.STATE.IMMUTABLE", 72),
     ),
     step(
         "export_bundle",
@@ -268,7 +265,7 @@ EXPORTS = (
         when=(_in(LIVE_EXPORT),),
         then=(*_sent, *_WORKING_VERSION),
         why="The MBMD of a bundle is authenticated, whatever becomes of the call.",
-        cite=_leaf("EXPORT.MEM", 68) + "; TDH.EXPORT.STATE.TD, TDH.EXPORT.STATE.VP",
+        cite=cite_leaf("EXPORT.MEM", 68) + "; TDH.EXPORT.STATE.TD, TDH.EXPORT.STATE.VP",
     ),
     step(
         "export_entry",
@@ -277,7 +274,7 @@ EXPORTS = (
         when=(_in(LIVE_EXPORT), need("initialized", initialized[i])),
         then=(*_sent, *_WORKING_VERSION),
         why="Each entry of a memory bundle is encrypted by itself.",
-        cite=_leaf("EXPORT.MEM", 68),
+        cite=cite_leaf("EXPORT.MEM", 68),
     ),
     step(
         "export_token",
@@ -290,7 +287,7 @@ EXPORTS = (
             only(unrepaired("R10"), log_version[log_length].to(version)),
         ),
         why="An epoch token is authenticated on the first stream.",
-        cite=_leaf("EXPORT.TRACK", 71),
+        cite=cite_leaf("EXPORT.TRACK", 71),
     ),
     step(
         "abort_export",
@@ -298,7 +295,7 @@ EXPORTS = (
         when=(_in(LIVE_EXPORT),),
         then=(op_state.to(RUNNABLE), initialized.fill(lambda s: False)),
         why="The session ends, and no stream of it can be used again.",
-        cite=_leaf("EXPORT.ABORT", 64),
+        cite=cite_leaf("EXPORT.ABORT", 64),
     ),
 )
 
@@ -314,7 +311,7 @@ IMPORTS = (
             iv_counter[0].to(1),
         ),
         why="Keys and version are taken from the slots of the TD that is being built.",
-        cite=_leaf("IMPORT.STATE.IMMUTABLE", 85),
+        cite=cite_leaf("IMPORT.STATE.IMMUTABLE", 85),
     ),
     step(
         "import_bundle",
@@ -330,7 +327,7 @@ IMPORTS = (
             iv_counter[i].to(c),
         ),
         why="In its epoch a bundle initialises its stream and sets its IV_COUNTER.",
-        cite=_leaf("IMPORT.MEM", 83),
+        cite=cite_leaf("IMPORT.MEM", 83),
     ),
     step(
         "refused_bundle",
@@ -344,7 +341,7 @@ IMPORTS = (
             starting.to(i.ne(0)),
         ),
         why="IMPORT.MEM initialises its stream, drops an unfinished call, and then sees the epoch.",
-        cite=_leaf("IMPORT.MEM", 83) + ", a bundle of another epoch",
+        cite=cite_leaf("IMPORT.MEM", 83) + ", a bundle of another epoch",
         profiles=unrepaired("R4"),
     ),
     step(
@@ -353,7 +350,7 @@ IMPORTS = (
         when=(_in(MEMORY_IMPORT),),
         then=(op_state.to(LIVE_IMPORT),),
         why="The imported TD runs while the rest of its memory comes.",
-        cite=_leaf("IMPORT.COMMIT", 82),
+        cite=cite_leaf("IMPORT.COMMIT", 82),
     ),
     step(
         "end_of_import",
@@ -361,7 +358,7 @@ IMPORTS = (
         when=(_in(MEMORY_IMPORT, LIVE_IMPORT),),
         then=(op_state.to(RUNNABLE),),
         why="The import is over, and the TD runs.",
-        cite=_leaf("IMPORT.END", 81),
+        cite=cite_leaf("IMPORT.END", 81),
     ),
     step(
         "abort_import",
@@ -375,6 +372,6 @@ IMPORTS = (
             *_WORKING_VERSION,
         ),
         why="Each abort token is authenticated anew on the backward stream, whose index is 0.",
-        cite=_leaf("IMPORT.ABORT", 80),
+        cite=cite_leaf("IMPORT.ABORT", 80),
     ),
 )

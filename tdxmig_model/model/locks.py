@@ -47,6 +47,7 @@ from tdxmig_model.model.words import (
     RUNNABLE,
     SOURCE,
     START_EPOCH,
+    cite_leaf,
 )
 
 PROCESSOR = sort("Processor")
@@ -195,10 +196,6 @@ _allowed = need(
     any_of(*(all_of(leaf[p].eq(of), op_state.in_(*states)) for of, states in ALLOWED.items())),
 )
 _LOCKS = f"lock table of the SEAMCALL leaves; {MODULE}"
-
-
-def _leaf_cite(name: str, number: int) -> str:
-    return f"TDH.{name}, leaf {number}; {MODULE}"
 
 
 def _taking(
@@ -363,7 +360,7 @@ WORKING = (
             seen_version[p].to(version[g]),
         ),
         why="The entry is locked and becomes exported, before its page is read.",
-        cite=_leaf_cite("EXPORT.MEM", 68),
+        cite=cite_leaf("EXPORT.MEM", 68),
     ),
     step(
         "encrypt_page",
@@ -378,7 +375,7 @@ WORKING = (
             entry_locked[entry_of[p]].to(False),
         ),
         why="The page is encrypted while its entry is locked.",
-        cite=_leaf_cite("EXPORT.MEM", 68),
+        cite=cite_leaf("EXPORT.MEM", 68),
     ),
     step(
         "read_total",
@@ -387,7 +384,7 @@ WORKING = (
         when=(_at(HAS_LINK, COUNTING), _is(EXPORT_MEM)),
         then=(stage[p].to(COUNTING), register[p].to(total_mb)),
         why="The first half of an addition to TOTAL_MB_COUNT, or another attempt at it.",
-        cite=_leaf_cite("EXPORT.MEM", 68),
+        cite=cite_leaf("EXPORT.MEM", 68),
     ),
     step(
         "add_to_total",
@@ -396,7 +393,7 @@ WORKING = (
         when=(_at(COUNTING), need("atomic", register[p].eq(total_mb))),
         then=(stage[p].to(DONE), total_mb.to(register[p] + 1), counted.to(counted + 1)),
         why="A locked addition: nobody wrote the counter since it was read.",
-        cite=_leaf_cite("EXPORT.MEM", 68),
+        cite=cite_leaf("EXPORT.MEM", 68),
     ),
     step(
         "make_epoch_token",
@@ -414,7 +411,7 @@ WORKING = (
             counted.to(counted + 1),
         ),
         why="A new epoch, while no memory bundle is under way.",
-        cite=_leaf_cite("EXPORT.TRACK", 71),
+        cite=cite_leaf("EXPORT.TRACK", 71),
     ),
     step(
         "make_start_token",
@@ -429,7 +426,7 @@ WORKING = (
             counted.to(counted + 1),
         ),
         why="The start token ends the in-order phase.",
-        cite=_leaf_cite("EXPORT.TRACK", 71),
+        cite=cite_leaf("EXPORT.TRACK", 71),
     ),
     step(
         "end_session",
@@ -438,7 +435,7 @@ WORKING = (
         when=(_at(HAS_MIG), _is(EXPORT_ABORT)),
         then=(stage[p].to(DONE), op_state.to(RUNNABLE)),
         why="Before the start token the source takes the TD back.",
-        cite=_leaf_cite("EXPORT.ABORT", 64),
+        cite=cite_leaf("EXPORT.ABORT", 64),
     ),
     step(
         "pause_td",
@@ -447,7 +444,7 @@ WORKING = (
         when=(_at(CHECKED), _is(EXPORT_PAUSE)),
         then=(stage[p].to(DONE), op_state.to(PAUSED_EXPORT)),
         why="The TD can no longer be entered.",
-        cite=_leaf_cite("EXPORT.PAUSE", 70),
+        cite=cite_leaf("EXPORT.PAUSE", 70),
     ),
     step(
         "unblock_page",
@@ -461,7 +458,7 @@ WORKING = (
         ),
         then=(stage[p].to(DONE), writable[g].to(True), exported[g].to(False)),
         why="The guest may write the page again, which is exported no more or dirty.",
-        cite=_leaf_cite("EXPORT.UNBLOCKW", 75),
+        cite=cite_leaf("EXPORT.UNBLOCKW", 75),
     ),
     step(
         "enter_guest",
@@ -470,7 +467,7 @@ WORKING = (
         when=(_at(CHECKED), _is(VP_ENTER)),
         then=(stage[p].to(GUEST), holds_op_state[p].to(NONE)),
         why="The guest runs with the TDR shared and the OP_STATE lock given back.",
-        cite=_leaf_cite("VP.ENTER", 0),
+        cite=cite_leaf("VP.ENTER", 0),
     ),
     step(
         "write_page",
@@ -479,7 +476,7 @@ WORKING = (
         when=(_at(GUEST), need("writable", writable[g])),
         then=(version[g].to(version[g] + 1),),
         why="The guest writes a page that is not write-blocked.",
-        cite=_leaf_cite("VP.ENTER", 0) + ", in the guest",
+        cite=cite_leaf("VP.ENTER", 0) + ", in the guest",
     ),
 )
 

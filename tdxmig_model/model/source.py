@@ -83,6 +83,7 @@ from tdxmig_model.model.words import (
     STREAM,
     UNINITIALIZED,
     VCPU,
+    cite_leaf,
     repaired,
     unrepaired,
 )
@@ -90,10 +91,6 @@ from tdxmig_model.model.words import (
 p = param("p", PAGE)
 i = param("stream", STREAM)
 v = param("v", VCPU)
-
-
-def _leaf(name: str, number: int) -> str:
-    return f"TDH.{name}, leaf {number}; {MODULE}"
 
 
 def _in(*states: Literal) -> Need:
@@ -153,7 +150,7 @@ def _export_entry(
         ),
         then=effects,
         why=why,
-        cite=_leaf("EXPORT.MEM", 68),
+        cite=cite_leaf("EXPORT.MEM", 68),
         part_of="export_mem",
     )
 
@@ -192,7 +189,7 @@ STEPS = (
         ),
         then=(num_migs.to(num_migs + 1),),
         why="Streams are created before the session; the first one is the backward stream.",
-        cite=_leaf("MIG.STREAM.CREATE", 96),
+        cite=cite_leaf("MIG.STREAM.CREATE", 96),
     ),
     step(
         "export_state_immutable",
@@ -207,7 +204,7 @@ STEPS = (
             ),
         ),
         why="A session starts with fresh keys, counters and epoch; no page is exported yet.",
-        cite=_leaf("EXPORT.STATE.IMMUTABLE", 72),
+        cite=cite_leaf("EXPORT.STATE.IMMUTABLE", 72),
     ),
     step(
         "export_state_immutable_other",
@@ -215,7 +212,7 @@ STEPS = (
         when=_session_start_needs,
         then=_session_start,
         why="Any other session of this TD: what it sends is under other keys, not logged.",
-        cite=_leaf("EXPORT.STATE.IMMUTABLE", 72),
+        cite=cite_leaf("EXPORT.STATE.IMMUTABLE", 72),
     ),
     step(
         "export_blockw",
@@ -243,7 +240,7 @@ STEPS = (
             bw_epoch.to(td_epoch),
         ),
         why="A page is write-blocked before it is exported live, so what is sent stays current.",
-        cite=_leaf("EXPORT.BLOCKW", 65),
+        cite=cite_leaf("EXPORT.BLOCKW", 65),
     ),
     step(
         "mem_track",
@@ -268,7 +265,7 @@ STEPS = (
             refcount.to(0),
         ),
         why="A new TD_EPOCH: older cached translations die when every vCPU of theirs exits.",
-        cite=_leaf("MEM.TRACK", 38),
+        cite=cite_leaf("MEM.TRACK", 38),
     ),
     step(
         "vp_enter",
@@ -276,7 +273,7 @@ STEPS = (
         when=(_in(RUNNABLE, LIVE_EXPORT, LIVE_IMPORT),),
         then=(refcount.to(refcount + 1),),
         why="The guest runs: before the migration, and during the live part of the export.",
-        cite=_leaf("VP.ENTER", 0),
+        cite=cite_leaf("VP.ENTER", 0),
     ),
     step(
         "vp_exit",
@@ -284,7 +281,7 @@ STEPS = (
         when=(need("entered", refcount.gt(0)),),
         then=(refcount.to(refcount - 1),),
         why="A vCPU that was entered in this TD_EPOCH leaves the guest.",
-        cite=_leaf("VP.ENTER", 0) + ", TD exit",
+        cite=cite_leaf("VP.ENTER", 0) + ", TD exit",
     ),
     step(
         "vp_exit_previous",
@@ -292,7 +289,7 @@ STEPS = (
         when=(need("entered", refcount_previous.gt(0)),),
         then=(refcount_previous.to(refcount_previous - 1),),
         why="A vCPU that was entered in the TD_EPOCH before leaves the guest.",
-        cite=_leaf("VP.ENTER", 0) + ", TD exit",
+        cite=cite_leaf("VP.ENTER", 0) + ", TD exit",
     ),
     step(
         "page_accept",
@@ -336,7 +333,7 @@ STEPS = (
             ),
         ),
         why="The guest wants to write: an exported page becomes dirty and is counted.",
-        cite=_leaf("EXPORT.UNBLOCKW", 75),
+        cite=cite_leaf("EXPORT.UNBLOCKW", 75),
     ),
     step(
         "export_mem_begin",
@@ -362,7 +359,7 @@ STEPS = (
             only(repaired("R14"), total_mb_count.to(total_mb_count + 1)),
         ),
         why="EXPORT.MEM starts: the MBMD, with its MAC, is written out before any page.",
-        cite=_leaf("EXPORT.MEM", 68),
+        cite=cite_leaf("EXPORT.MEM", 68),
         part_of="export_mem",
     ),
     _export_entry(
@@ -414,7 +411,7 @@ STEPS = (
             only(unrepaired("R14"), total_mb_count.to(total_mb_count + 1)),
         ),
         why="The last entry of the list is done and the bundle can be sent.",
-        cite=_leaf("EXPORT.MEM", 68),
+        cite=cite_leaf("EXPORT.MEM", 68),
         part_of="export_mem",
     ),
     step(
@@ -427,7 +424,7 @@ STEPS = (
         ),
         then=(unfinished[i].to(False),),
         why="A malformed entry or a bad buffer ends the call, and what was done before it stays.",
-        cite=_leaf("EXPORT.MEM", 68),
+        cite=cite_leaf("EXPORT.MEM", 68),
         part_of="export_mem",
         profiles=unrepaired("R13"),
     ),
@@ -452,7 +449,7 @@ STEPS = (
             ),
         ),
         why="A new epoch: its token carries the number of bundles made so far, itself included.",
-        cite=_leaf("EXPORT.TRACK", 71),
+        cite=cite_leaf("EXPORT.TRACK", 71),
     ),
     step(
         "export_pause",
@@ -467,7 +464,7 @@ STEPS = (
             network.session_paused.to(any_of(network.session_paused, network.observed)),
         ),
         why="The blackout begins: exclusive access to the TD means that no vCPU is in the guest.",
-        cite=_leaf("EXPORT.PAUSE", 70),
+        cite=cite_leaf("EXPORT.PAUSE", 70),
     ),
     step(
         "export_state_td",
@@ -480,7 +477,7 @@ STEPS = (
             *network.make_bundle(MUTABLE_TD_STATE, epoch=mig_epoch, counter=next_mb_counter[0]),
         ),
         why="The TD-scope state is final only when the TD is paused.",
-        cite=_leaf("EXPORT.STATE.TD", 73),
+        cite=cite_leaf("EXPORT.STATE.TD", 73),
     ),
     step(
         "export_state_vp",
@@ -502,7 +499,7 @@ STEPS = (
             ),
         ),
         why="Each vCPU is exported once per session, while the TD is paused.",
-        cite=_leaf("EXPORT.STATE.VP", 74),
+        cite=cite_leaf("EXPORT.STATE.VP", 74),
     ),
     step(
         "export_track_start",
@@ -536,7 +533,7 @@ STEPS = (
             ),
         ),
         why="The start token may leave only when no exported page has a newer version behind it.",
-        cite=_leaf("EXPORT.TRACK", 71) + ", in-order done",
+        cite=cite_leaf("EXPORT.TRACK", 71) + ", in-order done",
     ),
     step(
         "export_abort",
@@ -544,7 +541,7 @@ STEPS = (
         when=(_in(LIVE_EXPORT, PAUSED_EXPORT),),
         then=_session_end,
         why="Before the start token the source may take the TD back at any time.",
-        cite=_leaf("EXPORT.ABORT", 64),
+        cite=cite_leaf("EXPORT.ABORT", 64),
     ),
     step(
         "export_abort_with_token",
@@ -555,7 +552,7 @@ STEPS = (
         ),
         then=_session_end,
         why="After the start token only the destination's abort token gives the TD back.",
-        cite=_leaf("EXPORT.ABORT", 64),
+        cite=cite_leaf("EXPORT.ABORT", 64),
     ),
     step(
         "export_restore",
@@ -564,6 +561,6 @@ STEPS = (
         when=(_in(RUNNABLE), need("sept_state", page[p].in_(*EXPORTED))),
         then=(_returned, mig_count.to(mig_count - 1)),
         why="After an abort every exported page is taken out of the session before the next one.",
-        cite=_leaf("EXPORT.RESTORE", 66),
+        cite=cite_leaf("EXPORT.RESTORE", 66),
     ),
 )

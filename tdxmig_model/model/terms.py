@@ -35,9 +35,9 @@ from tdxmig_model.expr import (
 from tdxmig_model.model.words import (
     ALL_PROFILES,
     DESTINATION,
-    MODULE,
     NETWORK,
     SOURCE,
+    cite_leaf,
     unrepaired,
 )
 
@@ -80,10 +80,6 @@ i = param("stream", LINK)
 m = param("m", TERM)
 
 
-def _leaf(name: str, number: int) -> str:
-    return f"TDH.{name}, leaf {number}; {MODULE}"
-
-
 def _new_session(first_context: Node) -> tuple[Assign, ...]:
     """Fresh keys; of the forward streams only the first one is initialised."""
     return (
@@ -119,7 +115,7 @@ STEPS = (
         when=(need("role", role[t].eq(NONE)), _made),
         then=(role[t].to(IMPORTS), *_new_session(k)),
         why="A TD becomes a destination: its keys are of this session, its streams begin anew.",
-        cite=_leaf("IMPORT.STATE.IMMUTABLE", 85),
+        cite=cite_leaf("IMPORT.STATE.IMMUTABLE", 85),
     ),
     step(
         "begin_export",
@@ -133,7 +129,7 @@ STEPS = (
             *_new_session(known),
         ),
         why="A TD becomes a source, even while it imports; the call may be interrupted.",
-        cite=_leaf("EXPORT.STATE.IMMUTABLE", 72),
+        cite=cite_leaf("EXPORT.STATE.IMMUTABLE", 72),
     ),
     step(
         "end_of_start",
@@ -142,7 +138,7 @@ STEPS = (
         when=(need("role", role[t].in_(STARTS, STARTS_WHILE_IMPORTING)),),
         then=(role[t].to(EXPORTS),),
         why="The call that began the session ends.",
-        cite=_leaf("EXPORT.STATE.IMMUTABLE", 72),
+        cite=cite_leaf("EXPORT.STATE.IMMUTABLE", 72),
     ),
     step(
         "touch_stream",
@@ -154,7 +150,7 @@ STEPS = (
         ),
         then=(initialized[t, i].to(True), context[t, i].to(dec[t])),
         why="The OP_STATE is still that of an import, so IMPORT.MEM initialises a stream.",
-        cite=_leaf("IMPORT.MEM", 83),
+        cite=cite_leaf("IMPORT.MEM", 83),
         profiles=unrepaired("R4"),
     ),
     step(
@@ -172,7 +168,7 @@ STEPS = (
             term_session[terms].to(enc[t]),
         ),
         why="A bundle, an entry or an epoch token is encrypted on a forward stream.",
-        cite=_leaf("EXPORT.MEM", 68) + ", and the other exports",
+        cite=cite_leaf("EXPORT.MEM", 68) + ", and the other exports",
     ),
     step(
         "send_back",
@@ -187,7 +183,7 @@ STEPS = (
             term_session[terms].to(enc[t]),
         ),
         why="An abort token goes back on the backward stream, whose index is 0.",
-        cite=_leaf("IMPORT.ABORT", 80),
+        cite=cite_leaf("IMPORT.ABORT", 80),
     ),
     step(
         "accept",
@@ -206,7 +202,7 @@ STEPS = (
             *_receipt(i, forward=True),
         ),
         why="A destination takes a bundle that verifies on the stream on which it is offered.",
-        cite=_leaf("IMPORT.MEM", 83) + ", and the other imports",
+        cite=cite_leaf("IMPORT.MEM", 83) + ", and the other imports",
     ),
     step(
         "accept_back",
@@ -225,7 +221,7 @@ STEPS = (
             *_receipt(0, forward=False),
         ),
         why="A source takes an abort token that verifies on the backward stream.",
-        cite=_leaf("EXPORT.ABORT", 64),
+        cite=cite_leaf("EXPORT.ABORT", 64),
     ),
 )
 

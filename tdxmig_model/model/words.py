@@ -54,6 +54,12 @@ def unrepaired(repair: str) -> tuple[str, ...]:
 
 MODULE = "TDX module 1.5.01"
 
+
+def cite_leaf(name: str, number: int) -> str:
+    """The citation of a row that is a SEAMCALL leaf, or a part of one."""
+    return f"TDH.{name}, leaf {number}; {MODULE}"
+
+
 OP_STATE = enum(
     "OpState",
     "UNINITIALIZED",

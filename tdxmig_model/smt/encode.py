@@ -201,12 +201,6 @@ def reads(node: Node) -> frozenset[str]:
     return frozenset(names)
 
 
-def counts_in(node: Node) -> list[Count]:
-    """The counts that a node mentions, by name."""
-    found = {n.name: n for n in subterms(node) if isinstance(n, Count)}
-    return [found[name] for name in sorted(found)]
-
-
 def split(node: Node) -> list[Node]:
     """Conjuncts that together say the same, taken out of implications and quantifiers."""
     match node:
