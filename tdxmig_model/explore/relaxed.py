@@ -38,6 +38,7 @@ from tdxmig_model.expr import (
     Or,
     Read,
     System,
+    Value,
     Variable,
     subterms,
 )
@@ -225,7 +226,7 @@ class Distance:
         self,
         system: System,
         writer: FlatWriter,
-        ceiling: int,
+        ceiling: int | Mapping[str, int],
         wanted: Node,
     ) -> None:
         instance = writer.instance
@@ -244,7 +245,14 @@ class Distance:
 
     def of(self, state: FlatState) -> int | None:
         """Layers until the formula can hold; None if it never can."""
-        cells = [1 << (v + shift) for v, shift in zip(state, self._shifts, strict=True)]
+        return self._from([1 << (v + n) for v, n in zip(state, self._shifts, strict=True)])
+
+    def of_sets(self, values: Sequence[Sequence[Value]]) -> int | None:
+        """The same from the states in which each cell has one of its values."""
+        pairs = zip(values, self._shifts, strict=True)
+        return self._from([sum(1 << (v + n) for v in among) for among, n in pairs])
+
+    def _from(self, cells: list[int]) -> int | None:
         first: dict[int, int] = {}
         met, layer = 0, 0
         while True:

@@ -120,6 +120,41 @@ class Branch:
     taken: list[tuple[int, FiniteStep]] = field(default_factory=list)
 
 
+def conditions_tree(
+    system: System,
+    instance: Instance,
+    ceiling: int | Mapping[str, int] | None,
+    labels: list[Label],
+) -> Branch:
+    """All steps of an instance by their conditions; `labels` gets one for each choice."""
+    root = Branch()
+    limits = ceilings(system, instance, ceiling)
+    chooser = Interpreter(system, instance)
+    for row in system.steps:
+        finite = finite_step(row, instance, limits)
+        for params in chooser.choices(row):
+            _insert(root, len(labels), ground(finite, params, instance))
+            labels.append(Label(row.name, params))
+    return root
+
+
+def _insert(root: Branch, label: int, step: FiniteStep) -> None:
+    """A step that can neither be taken nor clipped is left out."""
+    branch = root
+    conditions = list(step.conditions)
+    impossible = bool(conditions) and conditions[-1].formula == FALSE
+    if impossible and not conditions[-1].clips:
+        while conditions and not conditions[-1].clips:
+            conditions.pop()
+        if not conditions:
+            return
+    for wanted in conditions:
+        key = wanted.formula, label if wanted.clips else None
+        branch = branch.children.setdefault(key, Branch())
+    if not impossible:
+        branch.taken.append((label, step))
+
+
 class Successors:
     """The labels of an instance, and the generated `expand` and `inspect`.
 
@@ -137,15 +172,7 @@ class Successors:
         self.instance = instance
         self.writer = FlatWriter(system, instance)
         self.labels: list[Label] = []
-        root = Branch()
-        limits = ceilings(system, instance, ceiling)
-        chooser = Interpreter(system, instance)
-        for row in system.steps:
-            finite = finite_step(row, instance, limits)
-            for params in chooser.choices(row):
-                label = len(self.labels)
-                self.labels.append(Label(row.name, params))
-                self._insert(root, label, ground(finite, params, instance))
+        root = conditions_tree(system, instance, ceiling, self.labels)
         self.source = self._source(root)
         title = f"{system.name} model, successors"
         self.expand: Callable[..., int] = define(self.source, title, {})["expand"]
@@ -154,22 +181,6 @@ class Successors:
     def initial(self) -> FlatState:
         """The initial state, flat."""
         return tuple(self.writer.initial)
-
-    def _insert(self, root: Branch, label: int, step: FiniteStep) -> None:
-        """A step that can neither be taken nor clipped is left out."""
-        branch = root
-        conditions = list(step.conditions)
-        impossible = bool(conditions) and conditions[-1].formula == FALSE
-        if impossible and not conditions[-1].clips:
-            while conditions and not conditions[-1].clips:
-                conditions.pop()
-            if not conditions:
-                return
-        for wanted in conditions:
-            key = wanted.formula, label if wanted.clips else None
-            branch = branch.children.setdefault(key, Branch())
-        if not impossible:
-            branch.taken.append((label, step))
 
     # --- the generated function -------------------------------------------------------------------
 
