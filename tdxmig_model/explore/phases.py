@@ -23,7 +23,7 @@ from tdxmig_model.explore.columns import Columns, Places
 from tdxmig_model.explore.relaxed import Distance
 from tdxmig_model.explore.search import Trace
 from tdxmig_model.explore.wide import HashSet, Layer, Wide
-from tdxmig_model.expr import Instance, MapVariable, Node, State, Step, System
+from tdxmig_model.expr import INT, Instance, MapVariable, Node, State, Step, System
 from tdxmig_model.expr.finite import ceilings, finite_conditions, simplify
 from tdxmig_model.expr.types import is_integer
 from tdxmig_model.smt.bounded import inside
@@ -44,7 +44,7 @@ def box_of(system: System, runs: Iterable[Iterable[State]]) -> dict[str, int]:
     box: dict[str, int] = {}
     for state in (s for run in runs for s in run):
         for variable, value in zip(system.variables, state, strict=True):
-            if is_integer(variable.kind):
+            if variable.kind == INT:
                 values = value if isinstance(value, list) else [value]
                 largest = max((abs(int(v)) for v in values), default=0)
                 box[variable.name] = max(box.get(variable.name, 0), largest)
@@ -58,22 +58,26 @@ def in_phases(
     *,
     ceiling: int,
     box: Mapping[str, int],
-    margin: int,
+    slack: int,
     limit: int,
 ) -> Phased:
     """Search the part of the system that the formula depends on for a state that satisfies it.
 
-    `box` and `margin`: no integer grows larger than the one plus the other.  `limit` is how many
+    No integer grows larger than in the box, and `slack` percent of that.  `limit` is how many
     states are visited at most.
     """
     formula = inside(wanted, instance)
     part = slice_for(system, instance, [formula])
     limits = {
-        name: min(most, box.get(name, most) + margin)
+        name: min(most, _grown(box.get(name, most), slack))
         for name, most in ceilings(part, instance, ceiling).items()
     }
     search = _Search(part, instance, formula, limits)
     return search.run(limit)
+
+
+def _grown(most: int, slack: int) -> int:
+    return most + most * slack // 100
 
 
 def _seen_by(steps: Iterable[Step], instance: Instance) -> frozenset[str]:
