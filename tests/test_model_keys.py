@@ -164,7 +164,7 @@ def test_the_verdicts_on_the_published_module(system: System) -> None:
 
 # Listed guards without which everything is still proved, and why.
 EQUIVALENT = {
-    ("start_export", "mig_dec_key_set"): "the key that is left in the slot is refused (R5)",
+    ("start_export", "mig_dec_key_set"): "the key that is left in the slot is refused (R15)",
     ("start_import", "mig_dec_key_set"): "an import is the first session: the slot is zero (R5)",
     ("start_import", "not_zero"): "an import is the first session: the key before is zero (R5)",
     ("export_token", "first_stream"): "the version is latched by an update and needs no guard",
