@@ -15,10 +15,11 @@ from tdxmig_model.model.forks import FORKS
 from tdxmig_model.model.key_words import KEY_WORDS
 from tdxmig_model.model.keys import KEYS
 from tdxmig_model.model.terms import TERMS
-from tdxmig_model.model.words import HARDENED, TDX_1_5_01, without
+from tdxmig_model.model.words import HARDENED, PUBLIC_REPAIRS, TDX_1_5_01, without
 from tdxmig_model.smt.induction import prove
+from tdxmig_model.smt.runs import replay
 from tdxmig_model.story import LANES
-from tdxmig_model.verify import Report, listed, mutants, verify
+from tdxmig_model.verify import Report, listed, mutants, removed_by, verify
 from tdxmig_model.verify.judge import reach, small_instance
 
 OURS = (KEYS, KEY_WORDS, TERMS, FORKS)
@@ -133,6 +134,7 @@ LOST = {
     ("keys", "R5"): {"P28", "P29"},
     ("keys", "R6"): {"L13", "P27", "P28"},
     ("keys", "R10"): {"P11"},
+    ("keys", "R15"): {"P28", "P29"},
     ("key_words", "R7"): {"P31"},
     ("terms", "R4"): {"P9"},
     ("forks", "R6"): {"P3", "P30", "L11", "L12"},
@@ -144,6 +146,26 @@ LOST = {
 @pytest.mark.parametrize(("name", "repair"), LOST)
 def test_each_repair_restores_these_properties(name: str, repair: str) -> None:
     assert set(broken_in(name, without(repair))) == LOST[name, repair]
+
+
+def told_by(identifier: str, *steps: str, key: int) -> tuple[str, ...]:
+    """The repairs that remove a run of the published module, in which one key is written."""
+    part = KEYS.under(TDX_1_5_01)
+    claimed = part.property(identifier)
+    moves = [(step, {"k": key} if step == "write_dec_key" else {}) for step in steps]
+    run = replay(part, small_instance(part), moves, not_(claimed.formula))
+    return removed_by(KEYS, run, claimed)
+
+
+def test_each_side_has_a_repair_of_its_own_for_the_keys_that_it_refuses() -> None:
+    assert told_by("P29", "write_dec_key", "start_import", key=0) == ("R5",)
+    assert told_by("P29", "write_dec_key", "build_td", "start_export", key=0) == ("R15",)
+    assert {"R5", "R15"} & PUBLIC_REPAIRS == {"R5"}
+
+
+def test_a_repair_that_refuses_one_key_of_a_run_and_no_other_is_not_told() -> None:
+    read = "read_enc_key_without_entropy"
+    assert told_by("L13", read, "write_dec_key", "start_import", read, key=0) == ("R6",)
 
 
 @pytest.mark.slow
