@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -41,11 +40,6 @@ def runs_to(part: System, wanted: dict[str, Node]) -> dict[str, list[str]]:
     """The steps of the runs that were found to states of the searched instance."""
     found = reach(part, small_instance(part), wanted, depth=12)
     return {name: [step for step, _ in run.moves] for name, run in found.runs.items()}
-
-
-def run_against(part: System, identifier: str) -> list[str] | None:
-    """The steps of a run that breaks a property."""
-    return runs_to(part, {"broken": not_(part.property(identifier).formula)}).get("broken")
 
 
 @cache
@@ -193,19 +187,6 @@ EQUIVALENT = {
     ("accept_back", "stream_in_iv"): "an abort token is made on stream 0 only",
 }
 
-# The guard deletions of the threat model that are conjuncts here, by number.
-DELETIONS = {
-    9: ("forks", "start_session", "mig_dec_key_set"),
-    11: ("keys", "start_import", "not_own_key"),
-    33: ("forks", "abort_session_with_token", "token_made"),
-    34: ("forks", "abort_session_with_token", "token_mac"),
-    35: ("forks", "make_abort_token", "op_state"),
-    37: ("forks", "fail_import", "op_state"),
-    38: ("forks", "join_session", "op_state"),
-    54: ("forks", "install_at_source", "first_time"),
-    59: ("key_words", "use_key", "whole_key"),
-}
-
 
 @named
 def test_each_listed_guard_forbids_a_run_or_is_known_to_be_redundant(system: System) -> None:
@@ -216,51 +197,11 @@ def test_each_listed_guard_forbids_a_run_or_is_known_to_be_redundant(system: Sys
         assert mutant.outcome == ("equivalent" if known else "killed"), mutant.as_json()
 
 
-@pytest.mark.parametrize("number", DELETIONS)
-def test_a_numbered_deletion_is_a_listed_guard(number: int) -> None:
-    name, step, label = DELETIONS[number]
-    assert (step, label) in [guard for guard, _ in listed(BY_NAME[name], HARDENED)]
-    assert (step, label) not in EQUIVALENT
-
-
-# --- effects -------------------------------------------------------------------------------------
-
-
-def lacking(system: System, step: str, variable: str) -> System:
-    """The hardened system in which a step leaves a variable alone."""
-    part = system.under(HARDENED)
-    row = part.step(step)
-    kept = tuple(a for a in row.then if a.target.name != variable)
-    assert len(kept) == len(row.then) - 1
-    steps = tuple(replace(row, then=kept) if s.name == step else s for s in part.steps)
-    return replace(part, steps=steps, _by_name={})
-
-
-# The deletions that are effects here: the number, the step, the variable, and what is broken.
-EFFECTS = [
-    (10, "keys", "start_export", "mig_enc_key", "L13"),
-    (13, "keys", "export_bundle", "iv_counter", "P27"),
-    (14, "keys", "export_entry", "iv_counter", "P27"),
-    (36, "forks", "make_abort_token", "destination_op_state", "P3"),
-    (45, "keys", "start_export", "mig_working_version", "L13"),
-    (58, "forks", "begin_exchange", "source_mig_dec_key_set", "P30"),
-    (58, "forks", "answer_exchange", "destination_mig_dec_key_set", "P30"),
-]
-
-
-@pytest.mark.parametrize(("name", "step", "variable", "broken"), [e[1:] for e in EFFECTS])
-def test_each_effect_is_needed(name: str, step: str, variable: str, broken: str) -> None:
-    assert run_against(lacking(BY_NAME[name], step, variable), broken) is not None
-
-
-def test_streams_are_cleared_twice() -> None:
-    """M44: the start of the next session clears INITIALIZED as well, so an abort need not."""
-    assert prove(lacking(KEYS, "abort_export", "initialized")).failed == {}
-    assert run_against(lacking(KEYS, "start_export", "initialized"), "L13") is not None
+# --- streams -------------------------------------------------------------------------------------
 
 
 def test_the_stream_in_the_iv_is_needed() -> None:
-    """M12: without it the IVs of two streams would be the same."""
+    """Without it the IVs of two streams would be the same."""
     r = keys_rows
 
     def apart(a: Node, b: Node) -> Node:
