@@ -90,8 +90,11 @@ def command(
     Verdicts: proved (for all sizes), exhausted (all states of the stated sizes), bounded (no
     counterexample up to a depth), violated (with a run), reachable (a goal, with a run), vacuous
     (never says anything), unknown.  Exits 0 if everything is proved, exhausted or reachable, else
-    1.  With --mutant a violated property exits 1 as well; with --mutants only a survivor does, that
-    is, a guard for which neither a run nor a proof of its redundance was found.
+    1.  With --mutant a violated property exits 1 as well; with --mutants only a survivor does.
+
+    A deleted guard is killed (by a run), equivalent (everything is proved without it),
+    contract-only (equivalent, but a status code depends on it) or a survivor (neither a run nor a
+    proof was found).
 
     A deleted guard is judged in every model that has it.  With --property it is judged by those
     properties; without, by the ones that list it among their guards, or by any if none does.
