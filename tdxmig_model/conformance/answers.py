@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tdxmig_model.backend.soft.status import FATAL_BIT, LOW_32, Status, is_error, status_name
@@ -63,6 +64,16 @@ class Sent:
     def copy(self) -> Sent:
         """The same, independent of what comes later."""
         return Sent(self.mbmd, dict(self.pages), dict(self.entries), dict(self.macs))
+
+    def save(self) -> Callable[[], None]:
+        """What puts this bundle back to what it is now."""
+        now = self.copy()
+
+        def restore() -> None:
+            again = now.copy()
+            self.pages, self.entries, self.macs = again.pages, again.entries, again.macs
+
+        return restore
 
 
 @dataclass(slots=True)

@@ -18,7 +18,14 @@ from tdxmig_model.backend.soft.gpa_entries import INVALID_BIT, OPERATION_SHIFT, 
 from tdxmig_model.backend.soft.op_state import Leaf, OpState
 from tdxmig_model.backend.soft.status import is_error
 from tdxmig_model.conformance import keys
-from tdxmig_model.conformance.answers import INTERRUPTED, Answer, Sent, of_call, of_entry
+from tdxmig_model.conformance.answers import (
+    INTERRUPTED,
+    Answer,
+    Sent,
+    Unfinished,
+    of_call,
+    of_entry,
+)
 from tdxmig_model.conformance.side import Side, always
 from tdxmig_model.conformance.source_calls import raw_entry
 from tdxmig_model.errors import UsageError
@@ -33,19 +40,6 @@ FORGED_COUNTER: Final = 1 << 40
 """IV_COUNTER of what nobody sent."""
 
 
-class Importing:
-    """A memory import that was stopped: its next list entry, RCX for RESUME, and its bundle."""
-
-    def __init__(self, slot: int, rcx: int, sent: Sent) -> None:
-        self.slot = slot
-        self.rcx = rcx
-        self.sent = sent
-
-    def copy(self) -> Importing:
-        """The same, independent of what comes later; the bundle stays shared."""
-        return Importing(self.slot, self.rcx, self.sent)
-
-
 class DestinationCalls:
     """The destination's side; `log` is the network's, `slots` the entries of each memory bundle."""
 
@@ -53,7 +47,7 @@ class DestinationCalls:
         self.side = side
         self.log = log
         self.slots = slots
-        self.importing: dict[int, Importing] = {}
+        self.importing: dict[int, Unfinished] = {}
         self.abort_token: bytes | None = None
         migrate, cancel, remigrate = (
             GpaOperation.MIGRATE,
@@ -240,15 +234,15 @@ class DestinationCalls:
         registers = self._import(stream, rcx, 0)
         if registers.rax != INTERRUPTED:
             return Answer(False, registers.rax)
-        self.importing[stream] = Importing(1, registers.rcx, sent)
+        self.importing[stream] = Unfinished(1, registers.rcx, sent)
         return Answer(True, registers.rax)
 
-    def _resume_at(self, stream: int) -> Importing:
+    def _resume_at(self, stream: int) -> Unfinished:
         known = self.importing.get(stream)
         if known is not None:
             return known
         gpas = self.side.buffers(stream).gpas
-        return Importing(1, GpaListInfo(gpas, self.slots - 1, 1).to_register(), Sent())
+        return Unfinished(1, GpaListInfo(gpas, self.slots - 1, 1).to_register(), Sent())
 
     def _resume(self, stream: int, raw: int | None, new_page: int) -> Answer:
         """RESUME for one entry, as the bundle has it or as `raw`."""
@@ -299,19 +293,11 @@ class DestinationCalls:
         """What puts the destination back to this moment."""
         host = self.side.save()
         kept = {stream: one.copy() for stream, one in self.importing.items()}
-        positions = {stream: self._position(one.sent) for stream, one in kept.items()}
         token = self.abort_token
 
         def restore() -> None:
             host()
             self.importing = {stream: one.copy() for stream, one in kept.items()}
-            for stream, one in self.importing.items():
-                at = positions[stream]
-                one.sent = one.sent if at is None else self.log[at]
             self.abort_token = token
 
         return restore
-
-    def _position(self, sent: Sent) -> int | None:
-        return next((at for at, one in enumerate(self.log) if one is sent), None)
-

@@ -30,7 +30,8 @@ STATUSES: Final[dict[str, frozenset[str]]] = {
         "may_write": "EPT_VIOLATION",
         # Streams and calls that can be resumed.
         "stream": "OPERAND_INVALID",
-        "unfinished": "INVALID_RESUMPTION MIGRATION_STREAM_STATE_INCORRECT",
+        # No call to resume on a stream, or no such stream.
+        "unfinished": "INVALID_RESUMPTION MIGRATION_STREAM_STATE_INCORRECT OPERAND_INVALID",
         "not_unfinished": "INVALID_RESUMPTION",
         "no_unfinished_call": "INVALID_RESUMPTION",
         "resumed_epoch": "INVALID_RESUMPTION",
@@ -58,6 +59,13 @@ STATUSES: Final[dict[str, frozenset[str]]] = {
         "num_migrated_vcpus": "ALL_VCPUS_IMPORTED",
     }.items()
 }
+
+OF_ROW: Final[dict[tuple[str, str], frozenset[str]]] = {
+    # One leaf, allowed before and after the start token, with a token or without.
+    ("export_abort", "op_state"): frozenset({"OPERAND_INVALID"}),
+    ("export_abort_with_token", "op_state"): frozenset({"OPERAND_INVALID"}),
+}
+"""What else a module answers for the conjunct of one row."""
 
 NO_CALL: Final = frozenset(
     {
@@ -100,3 +108,13 @@ NARROWER: Final[dict[str, frozenset[str]]] = {
     "import_state_immutable": frozenset({"NUM_MIGS_HIGHER_THAN_CREATED"}),
 }
 """Rows that the model allows where a module may refuse: what is proved covers more than it does."""
+
+UNOBSERVED: Final = "INVALID_RESUMPTION"
+"""What a module may answer to any row of EXPORT.MEM in a session that the model does not observe:
+the model does not follow the epoch of a bundle that it does not log.
+"""
+
+
+def expected(row: str, label: str) -> frozenset[str]:
+    """The classes of status for a conjunct of a row that does not hold."""
+    return STATUSES.get(label, frozenset()) | OF_ROW.get((row, label), frozenset())

@@ -17,8 +17,6 @@ from tdxmig_model.backend.soft.sept import (
     READABLE_STATES,
     REMOVED_EPOCH_MASK,
     REMOVED_EPOCH_SHIFT,
-    STATE_MASK,
-    STATE_OF,
     WRITE_BIT,
     SeptState,
 )
@@ -80,7 +78,7 @@ def source_maps(side: Side, pages: int, streams: int) -> dict[str, list[Any]]:
     """The source's maps; of counters and calls those of a session."""
     tdcs = side.tdcs
     words = [side.entry(page) for page in range(pages)]
-    readable = [STATE_OF[word & STATE_MASK] in READABLE_STATES for word in words]
+    readable = [side.state_of(page) in READABLE_STATES for page in range(pages)]
     vcpus = [side.tdvps(vcpu) for vcpu in range(side.vcpus)]
     found: dict[str, list[Any]] = {
         "source_page": side.states(pages),

@@ -15,7 +15,7 @@ from tdxmig_model.expr import Instance, Property
 from tdxmig_model.model.memory import MEMORY
 from tdxmig_model.smt.runs import Move
 
-REPLAYABLE = ("leaf", "memory")
+REPLAYABLE = ("leaf", "order", "memory")
 """The models whose rows are calls of a pair of modules."""
 
 

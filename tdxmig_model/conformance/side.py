@@ -6,15 +6,13 @@ import hashlib
 from collections.abc import Callable
 from typing import Final
 
-import numpy as np
-
 from tdxmig_model.backend.soft.buffers import StreamBuffers
 from tdxmig_model.backend.soft.call import Registers
 from tdxmig_model.backend.soft.guest import GuestImage, Program
 from tdxmig_model.backend.soft.host import Host, HostTd
 from tdxmig_model.backend.soft.module import Profile
 from tdxmig_model.backend.soft.op_state import Leaf
-from tdxmig_model.backend.soft.sept import HPA_MASK
+from tdxmig_model.backend.soft.sept import HPA_MASK, STATE_MASK, STATE_OF, SeptState
 from tdxmig_model.backend.soft.snapshot import Snapshot
 from tdxmig_model.backend.soft.state import MIN_TDVPS_PAGES, Interrupt, Tdcs, Tdvps
 from tdxmig_model.backend.soft.status import is_error
@@ -171,8 +169,12 @@ class Side:
 
     def states(self, pages: int) -> list[int]:
         """Secure EPT state of the pages of the model."""
-        gpas = np.array([gpa_of(page) for page in range(pages)], dtype=np.uint64)
-        return [int(state) for state in self.tdcs.sept.states(gpas)]
+        return [int(self.state_of(page)) for page in range(pages)]
+
+    def state_of(self, page: int) -> SeptState:
+        """Secure EPT state of a page of the model; FREE too if there is no table for it."""
+        entry = self.entry(page)
+        return STATE_OF[entry & STATE_MASK] if entry else SeptState.FREE
 
     # --- to go back to ---------------------------------------------------------------------------
 

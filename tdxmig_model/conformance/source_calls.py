@@ -17,8 +17,9 @@ from tdxmig_model.backend.soft.buffers import StreamBuffers
 from tdxmig_model.backend.soft.call import STREAM_COMMAND_BIT, Point, Registers
 from tdxmig_model.backend.soft.guest import ALWAYS_OF_256, EptViolation
 from tdxmig_model.backend.soft.op_state import GuestLeaf, Leaf
-from tdxmig_model.backend.soft.sept import READABLE_STATES, STATE_MASK, STATE_OF, WRITE_BIT
-from tdxmig_model.backend.soft.status import Operand, Status, is_error, with_operand
+from tdxmig_model.backend.soft.sept import READABLE_STATES, WRITE_BIT
+from tdxmig_model.backend.soft.session import unfinished_memory
+from tdxmig_model.backend.soft.status import Status, is_error
 from tdxmig_model.conformance import keys
 from tdxmig_model.conformance.answers import (
     INTERRUPTED,
@@ -265,12 +266,17 @@ class SourceCalls:
         return of_entry(status, entry)
 
     def _drop(self, stream: int) -> Answer:
-        """A malformed entry ends the call."""
+        """A malformed entry ends the call; so does a RESUME that is refused."""
+        before = self._can_resume(stream)
         status, entry = self._resume(stream, raw_entry(0, GpaOperation.MIGRATE) | LEVEL_1)
-        ended = with_operand(Status.TDX_OPERAND_INVALID, Operand.GPA_LIST_ENTRY)
-        if status == ended:
+        ended = before and not self._can_resume(stream)
+        if ended:
             self.unfinished.pop(stream, None)
-        return Answer(status == ended, status, entry)
+        return Answer(ended, status, entry)
+
+    def _can_resume(self, stream: int) -> bool:
+        links = self.side.tdcs.links[1:]
+        return stream < len(links) and unfinished_memory(links[stream])
 
     def _end(self, stream: int) -> Answer:
         slot, rcx = self._resume_at(stream)
@@ -305,7 +311,7 @@ class SourceCalls:
             return of_call(registers.rax)
         self.inside.append(Inside(free[0], self.side.tdcs.td_epoch, leaf))
         for page in range(len(self.side.page_hpas)):
-            if STATE_OF[self.side.entry(page) & STATE_MASK] in READABLE_STATES:
+            if self.side.state_of(page) in READABLE_STATES:
                 self._run(self.inside[-1], gpa_of(page), write=False)
         return Answer(True, registers.rax)
 
@@ -334,11 +340,14 @@ class SourceCalls:
         leaving = [one for one in self.inside if (one.epoch == epoch) is current]
         if not leaving:
             raise UsageError("no vCPU that could leave is in the guest")
-        self.side.host.module.processors[leaving[0].vcpu].timer = 0
-        # The last instruction only reads the page of the program.
-        self._run(leaving[0], 0, write=False)
-        self.inside.remove(leaving[0])
+        self._leave_guest(leaving[0])
         return Answer(True)
+
+    def _leave_guest(self, inside: Inside) -> None:
+        """The vCPU exits; its last instruction only reads the page of the program."""
+        self.side.host.module.processors[inside.vcpu].timer = 0
+        self._run(inside, 0, write=False)
+        self.inside.remove(inside)
 
     def _write(self, p: int) -> Answer:
         """A vCPU that can write the page does; else the first one tries, and exits."""
@@ -357,7 +366,7 @@ class SourceCalls:
         assert vcpu is not None
         cached = vcpu.tlb.get(gpa_of(page))
         entry = self.side.entry(page)
-        found = STATE_OF[entry & STATE_MASK] in READABLE_STATES and bool(entry & WRITE_BIT)
+        found = self.side.state_of(page) in READABLE_STATES and bool(entry & WRITE_BIT)
         return (cached is not None and cached[1]) or found
 
     def _accept(self, p: int) -> Answer:
@@ -368,6 +377,7 @@ class SourceCalls:
         try:
             self.side.host.module.tdcall(GuestLeaf.MEM_PAGE_ACCEPT, registers, vcpu)
         except EptViolation:
+            self._leave_guest(self.inside[0])
             return Answer(False, violation=True)
         done = registers.rax == Status.TDX_SUCCESS
         return Answer(done, registers.rax)
@@ -379,8 +389,7 @@ class SourceCalls:
         entered = [(one.vcpu, one.epoch, self._leave(one)) for one in self.inside]
         host = self.side.save()
         kept = {stream: one.copy() for stream, one in self.unfinished.items()}
-        positions = {stream: self._position(one.sent) for stream, one in kept.items()}
-        bundles = {stream: one.sent.copy() for stream, one in kept.items()}
+        bundles = [one.sent.save() for one in kept.values()]
         plain = (self.observed, self.keys_written, self.abort_token)
         self._return(entered)
 
@@ -389,17 +398,12 @@ class SourceCalls:
                 one.leaf.close()
             host()
             self.unfinished = {stream: one.copy() for stream, one in kept.items()}
-            for stream, one in self.unfinished.items():
-                one.sent = bundles[stream].copy()
-                if positions[stream] is not None:
-                    one.sent = self.log[positions[stream]]
+            for bundle in bundles:
+                bundle()
             self.observed, self.keys_written, self.abort_token = plain
             self._return(entered)
 
         return restore
-
-    def _position(self, sent: Sent) -> int | None:
-        return next((at for at, one in enumerate(self.log) if one is sent), None)
 
     def _leave(self, one: Inside) -> dict[int, tuple[int, bool]]:
         """Take the vCPU out for a moment; the translations it had."""

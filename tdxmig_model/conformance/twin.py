@@ -15,7 +15,7 @@ from tdxmig_model.compile import Compiled
 from tdxmig_model.conformance import observe
 from tdxmig_model.conformance.answers import Answer, Sent
 from tdxmig_model.conformance.destination_calls import DestinationCalls
-from tdxmig_model.conformance.labels import NARROWER, NO_CALL, STATUSES
+from tdxmig_model.conformance.labels import NARROWER, NO_CALL, UNOBSERVED, expected
 from tdxmig_model.conformance.side import Side
 from tdxmig_model.conformance.source_calls import SourceCalls
 from tdxmig_model.errors import ModelMismatch
@@ -188,17 +188,25 @@ class Twin:
     def _unequal(
         self, call: Call, open_rows: Sequence[str], labels: frozenset[str], answer: Answer
     ) -> Outcome:
-        if not answer.accepted and answer.word in NARROWER.get(open_rows[0], ()):
+        allowed = not answer.accepted and answer.word in NARROWER.get(open_rows[0], ())
+        if allowed or (open_rows and self._is_unobserved(call, answer)):
             return Outcome("narrower", None, answer, effect=self._settle(call, answer))
         model = "accepts" if open_rows else f"refuses ({', '.join(sorted(labels))})"
         found = "accepts" if answer.accepted else f"refuses ({answer})"
         raise Disagreement(str(call), {"acceptance": (model, found)})
 
+    def _is_unobserved(self, call: Call, answer: Answer) -> bool:
+        """Whether the call resumes a bundle that the model does not log."""
+        memory = call.rows[0].startswith("export_mem_")
+        return memory and not self.get("session_observed") and answer.word == UNOBSERVED
+
     def _check_reason(self, call: Call, labels: frozenset[str], answer: Answer) -> None:
         """The status is that of a conjunct that does not hold."""
-        expected = frozenset[str]().union(*(STATUSES.get(label, ()) for label in labels))
-        if answer.word not in expected and not labels <= NO_CALL:
-            reasons = f"{', '.join(sorted(labels))}: {', '.join(sorted(expected))}"
+        pairs = [(row, label) for row in call.rows for label in labels]
+        words = frozenset[str]().union(*(expected(*pair) for pair in pairs))
+        known = answer.word in words or self._is_unobserved(call, answer)
+        if not known and not labels <= NO_CALL:
+            reasons = f"{', '.join(sorted(labels))}: {', '.join(sorted(words))}"
             raise Disagreement(str(call), {"status class": (reasons, answer.word)})
 
     def _settle(self, call: Call, answer: Answer) -> str | None:
@@ -241,12 +249,22 @@ class Twin:
         if len(self.log) != self.get("log_length"):
             wrong["log_length"] = (self.get("log_length"), len(self.log))
         else:
-            for at, sent in enumerate(self.log):
+            for at, sent in self._changing():
                 wrong.update(observe.compare_bundle(self.get, at, sent, self.entries))
         wrong.update(self._wrong_calls())
         wrong.update(self._wrong_progress())
         wrong.update(self._wrong_contents())
         return wrong
+
+    def _changing(self) -> list[tuple[int, Sent]]:
+        """The newest bundle, and those that are being made; the others were compared before."""
+        made = [one.sent for one in self.source.unfinished.values()]
+        last = len(self.log) - 1
+        return [
+            (at, sent)
+            for at, sent in enumerate(self.log)
+            if at == last or any(sent is one for one in made)
+        ]
 
     def _wrong_calls(self) -> observe.Differences:
         """What can be resumed on the destination is unfinished in the model; it may know more."""
@@ -296,17 +314,24 @@ class Twin:
     def _copied(self) -> list[Any]:
         return [value.copy() if hasattr(value, "copy") else value for value in self.state]
 
-    def save(self) -> Callable[[], None]:
-        """What puts model and modules back to this moment, as often as wanted."""
+    def save(self) -> Callable[..., None]:
+        """What puts model and modules back to this moment, as often as wanted.
+
+        Given the one call that was made since, it puts back only the side that the call is of.
+        """
         state, content = self._copied(), dict(self._content)
         source, destination = self.source.save(), self.destination.save()
-        log = [sent.copy() for sent in self.log]
+        log, token = list(self.log), self.source.abort_token
 
-        def restore() -> None:
+        def restore(call: Call | None = None) -> None:
             self.state = state
             self.state, self._content = self._copied(), dict(content)
-            self.log[:] = [sent.copy() for sent in log]
-            source()
-            destination()
+            on_source = call is not None and self.source.has(call.rows[0])
+            if call is None or on_source:
+                self.log[:] = log
+                source()
+            if not on_source:
+                destination()
+            self.source.abort_token = token
 
         return restore
