@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 import click
 
 from tdxmig_model.cli import output
+from tdxmig_model.cli.replayed import Replay, replays
 from tdxmig_model.errors import UsageError
 from tdxmig_model.model.systems import SYSTEMS
 from tdxmig_model.model.words import HARDENED, PROFILES
@@ -56,6 +57,12 @@ COLOURS = {
     is_flag=True,
     help="Do so for the guards that the properties list, or only those of --property ID.",
 )
+@click.option(
+    "--replay",
+    "replaying",
+    is_flag=True,
+    help="Replay each counterexample on the interpreter and on the software module.",
+)
 @click.option("--all", "everything", is_flag=True, help="With --mutants: every conjunct there is.")
 @click.option(
     "--jobs",
@@ -72,6 +79,7 @@ def command(
     properties: tuple[str, ...],
     deletions: tuple[str, ...],
     campaign: bool,
+    replaying: bool,
     everything: bool,
     jobs: int,
     seed: int,
@@ -87,11 +95,17 @@ def command(
 
     With --property a deleted guard is judged by those properties; without, by the ones that list it
     among their guards, or by any if none does.
+
+    With --replay the counterexample of each violated property is replayed on the interpreter, and
+    its calls are made on the software module: that of the profile, and the hardened one, which
+    should refuse them or come to no harm.
     """
     if deletions and campaign:
         raise UsageError("--mutant names guards and --mutants takes all: give one of them")
     if everything and not campaign:
         raise UsageError("--all is for --mutants: it deletes every conjunct of every guard")
+    if replaying and (deletions or campaign):
+        raise UsageError("--replay is for properties, not for guards that are deleted")
     _known_properties(profile, properties)
     if deletions or campaign:
         chosen = _chosen(profile, properties, deletions, everything=everything)
@@ -104,10 +118,12 @@ def command(
         bad = ("killed", "survivor") if deletions else ("survivor",)
         ctx.exit(1 if any(m.outcome in bad for m in found) else 0)
     reports = _reports(profile, properties, jobs, seed)
+    again = replays(profile, reports) if replaying else None
     if as_json:
-        output.emit_json(reports_as_json(profile, reports))
+        output.emit_json(reports_as_json(profile, reports, again))
     else:
         _print_reports(profile, reports, named=bool(properties))
+        _print_replays(again)
     ctx.exit(0 if all(r.holds for r in reports) else 1)
 
 
@@ -243,8 +259,10 @@ def _hint(name: str, known: Sequence[str]) -> str:
 # What is printed.
 
 
-def reports_as_json(profile: str, reports: Sequence[Report]) -> dict[str, object]:
-    """The object of ``verify --json``."""
+def reports_as_json(
+    profile: str, reports: Sequence[Report], again: Sequence[Replay] | None = None
+) -> dict[str, object]:
+    """The object of ``verify --json``; with ``--replay`` it has "replays"."""
     rows = [(r.system, row) for r in reports for row in r.rows]
     verdicts: Counter[str] = Counter(row.verdict for _, row in rows)
     return {
@@ -258,6 +276,7 @@ def reports_as_json(profile: str, reports: Sequence[Report]) -> dict[str, object
         "ms": round(sum(r.ms for r in reports), 1),
         "assumptions": [text for r in reports for text in r.assumptions],
         "not_stated": [p.as_json() for p in not_stated(_stated())],
+        **({} if again is None else {"replays": [r.as_json() for r in again]}),
     }
 
 
@@ -321,6 +340,15 @@ def _print_reports(profile: str, reports: Sequence[Report], *, named: bool) -> N
         console.print("Assumed:", *(f"\n  {text}" for text in report.assumptions))
     if not named:
         console.print(_not_stated_text())
+
+
+def _print_replays(again: Sequence[Replay] | None) -> None:
+    if again is None:
+        return
+    for one in again:
+        click.echo(f"\n{one.text()}")
+    if not again:
+        click.echo("\nNothing is violated, so there is nothing to replay.")
 
 
 def _classified(row: Row) -> str:

@@ -26,7 +26,7 @@ from tdxmig_model.conformance.answers import (
     of_call,
     of_entry,
 )
-from tdxmig_model.conformance.side import Side, always
+from tdxmig_model.conformance.side import HOST_LP, Side, always
 from tdxmig_model.conformance.source_calls import raw_entry
 from tdxmig_model.errors import UsageError
 from tdxmig_model.wire.constants import PAGE_SIZE
@@ -112,14 +112,14 @@ class DestinationCalls:
             self.side.add_tables(len(self.side.page_hpas))
         return answer
 
-    def _state(self, leaf: Leaf, rcx: int, m: int, stream: int = 0, **more: int) -> Answer:
+    def _state(self, leaf: Leaf, rcx: int, m: int, stream: int = 0, lp: int = HOST_LP) -> Answer:
         buffers, sent = self.side.buffers(), self._message(m)
         pages = [sent.pages[number] for number in sorted(sent.pages)]
         pages += [_BLANK] * (_STATE_PAGES - len(pages)) if sent.entries or not pages else []
         buffers.write_mbmd(sent.mbmd)
         buffers.write_pages(pages)
         operands = {"rcx": rcx, "r8": buffers.mbmd_register, "r9": buffers.page_list(len(pages))}
-        status = self.side.call(leaf, r10=stream, **operands, **more).rax
+        status = self.side.call(leaf, operands, lp=lp, r10=stream).rax
         if not is_error(status):
             self.importing.pop(stream, None)
         return of_call(status)
@@ -210,9 +210,7 @@ class DestinationCalls:
             memory.bytes[mac : mac + 16] = sent.macs.get(slot, _NO_MAC)
         buffers.offer_new_pages(np.full(self.slots, INVALID_BIT, dtype=np.uint64))
 
-    def _import(
-        self, stream: int, rcx: int, command: int, *, one_entry: bool = True
-    ) -> Registers:
+    def _import(self, stream: int, rcx: int, command: int, *, one_entry: bool = True) -> Registers:
         buffers = self.side.buffers(stream)
         return self.side.call(
             Leaf.IMPORT_MEM,

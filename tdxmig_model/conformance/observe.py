@@ -118,9 +118,7 @@ def destination_maps(side: Side, pages: int, streams: int) -> dict[str, list[Any
     found: dict[str, list[Any]] = {
         "destination_page": states,
         "destination_page_epoch": list(epochs),
-        "destination_vcpu_imported": [
-            v is not None and v.state is VcpuState.READY for v in vcpus
-        ],
+        "destination_vcpu_imported": [v is not None and v.state is VcpuState.READY for v in vcpus],
     }
     if tdcs.op_state in _IMPORTING:
         found["destination_expected_mb_counter"] = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tdxmig_model.backend.soft.module import Profile
@@ -10,10 +9,12 @@ from tdxmig_model.backend.soft.status import is_error
 from tdxmig_model.conformance.answers import INTERRUPTED
 from tdxmig_model.conformance.side import MAX_VCPUS, STATE_BUFFERS
 from tdxmig_model.conformance.twin import Call, Disagreement, Outcome, Twin
-from tdxmig_model.errors import UsageError
-from tdxmig_model.expr import Instance, Property
+from tdxmig_model.errors import ModelError, UsageError
+from tdxmig_model.expr import Instance, Interpreter, Property, System
 from tdxmig_model.model.memory import MEMORY
-from tdxmig_model.smt.runs import Move
+from tdxmig_model.smt.bounded import inside
+from tdxmig_model.smt.encode import reads
+from tdxmig_model.smt.runs import Run, replay
 
 REPLAYABLE = ("leaf", "order", "memory")
 """The models whose rows are calls of a pair of modules."""
@@ -52,16 +53,17 @@ class Replayed:
 
 
 def replay_on_modules(
-    moves: Sequence[Move], sizes: Instance, profile: Profile, broken: Property | None = None
+    system: System, run: Run, profile: Profile, broken: Property | None = None
 ) -> Replayed:
     """Make the calls of a run on a pair of modules of a profile, with its memory model in step.
 
-    `sizes` is the instance of the run.  A call whose list entry alone is refused does not end the
-    run; a call that is refused does.  Where model and module differ the result says so.
+    `system` is the whole model that the run is of, one of REPLAYABLE.  A call whose list entry
+    alone is refused does not end the run; a call that is refused does.  Where model and module
+    differ the result says so.
     """
-    moves = list(moves)
+    moves = list(run.moves)
     try:
-        twin = _twin(sizes, profile)
+        twin = _twin(run.instance, profile)
     except UsageError as error:
         return Replayed(profile, False, 0, len(moves), (), str(error))
     refused: list[tuple[int, str, str]] = []
@@ -82,11 +84,35 @@ def replay_on_modules(
         refused.append((number, row, outcome.answer.word))
         if _whole_call(outcome):
             return ended(f"the module refuses step {number}, {row}: {outcome.answer}")
-    return _judged(twin, profile, len(moves), refused, broken)
+    calls = len(moves) - len(refused)
+
+    def judged(why: str, *, reproduces: bool = False) -> Replayed:
+        return Replayed(profile, reproduces, calls, len(moves), tuple(refused), why)
+
+    if broken is None:
+        return judged("every call was made", reproduces=not refused)
+    try:
+        holds = _holds_at_end(twin, system, run, profile, broken)
+    except ModelError as error:
+        return judged(f"whether {broken.identifier} holds at the end cannot be told: {error}")
+    if holds:
+        return judged(f"harmless: at the end {broken.identifier} holds")
+    why = f"the modules are in the state of the model in which {broken.identifier} is false"
+    return judged(why, reproduces=not refused)
+
+
+def _holds_at_end(twin: Twin, system: System, run: Run, profile: Profile, broken: Property) -> bool:
+    """Whether it holds where the run ended; ghosts of another model are those of its own run."""
+    if reads(broken.formula) <= {v.name for v in twin.system.variables}:
+        return twin.holds(broken)
+    part = system.under(profile)
+    last = replay(part, run.instance, run.moves).states[-1]
+    formula = inside(broken.formula, run.instance)
+    return bool(Interpreter(part, run.instance).value(formula, last, {}))
 
 
 def _twin(sizes: Instance, profile: Profile) -> Twin:
-    """A pair with room for the run; a bundle may have more entries than in the run, if they fail."""
+    """A pair with room for the run, and in each bundle for entries that fail besides."""
     bounds = {name: size or 1 for name, size in sizes.sizes.items()}
     entries = bounds.get("Entry", bounds["Page"]) + 2
     return Twin(
@@ -103,20 +129,3 @@ def _whole_call(outcome: Outcome) -> bool:
     """Whether the call was refused, and not one entry of its list."""
     answer = outcome.answer
     return answer.violation or (is_error(answer.status) and answer.status != INTERRUPTED)
-
-
-def _judged(
-    twin: Twin,
-    profile: str,
-    of: int,
-    refused: Sequence[tuple[int, str, str]],
-    broken: Property | None,
-) -> Replayed:
-    calls = of - len(refused)
-    if broken is None:
-        return Replayed(profile, not refused, calls, of, tuple(refused), "every call was made")
-    if twin.holds(broken):
-        why = f"harmless: at the end {broken.identifier} holds"
-        return Replayed(profile, False, calls, of, tuple(refused), why)
-    why = f"the modules are in the state of the model in which {broken.identifier} is false"
-    return Replayed(profile, not refused, calls, of, tuple(refused), why)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Final
 
 from tdxmig_model.backend.soft.buffers import StreamBuffers
@@ -27,6 +28,7 @@ STATE_BUFFERS: Final = 2
 
 MAX_VCPUS: Final = HOST_LP
 SPARE_PAGES: Final = 48
+NO_REGISTERS: Final[Mapping[str, int]] = MappingProxyType({})
 
 
 def gpa_of(page: int) -> int:
@@ -116,10 +118,19 @@ class Side:
     # --- calls ---------------------------------------------------------------------------------
 
     def call(
-        self, leaf: Leaf, *, lp: int = HOST_LP, interrupt: Interrupt | None = None, **operands: int
+        self,
+        leaf: Leaf,
+        registers: Mapping[str, int] = NO_REGISTERS,
+        *,
+        lp: int = HOST_LP,
+        interrupt: Interrupt | None = None,
+        **operands: int,
     ) -> Registers:
-        """One leaf; its status is in RAX."""
-        return self.host.seamcall(leaf, lp=lp, interrupt=interrupt, **operands)
+        """One leaf; its status is in RAX.  Operands are registers by name, in either way."""
+        both = {**registers, **operands}
+        after = Registers(**both)
+        self.host.module.call(leaf, after, lp=lp, interrupt=interrupt)
+        return after
 
     def spare_page(self) -> int:
         """A free page for a control structure."""

@@ -29,7 +29,7 @@ from tdxmig_model.conformance.answers import (
     of_call,
     of_entry,
 )
-from tdxmig_model.conformance.side import Side, always, gpa_of
+from tdxmig_model.conformance.side import HOST_LP, Side, always, gpa_of
 from tdxmig_model.errors import UsageError
 from tdxmig_model.wire.constants import MAX_ENTRIES, PAGE_SIZE
 from tdxmig_model.wire.gpa_list import (
@@ -133,7 +133,7 @@ class SourceCalls:
     def _td_leaf(self, leaf: Leaf) -> Answer:
         return of_call(self.side.call(leaf, rcx=self.side.td.tdr).rax)
 
-    def _state(self, leaf: Leaf, rcx: int, stream: int, **more: int) -> Answer:
+    def _state(self, leaf: Leaf, rcx: int, stream: int, lp: int = HOST_LP) -> Answer:
         buffers = self.side.buffers()
         registers = self.side.call(
             leaf,
@@ -141,7 +141,7 @@ class SourceCalls:
             r8=buffers.mbmd_register,
             r9=buffers.page_list(MAX_ENTRIES),
             r10=stream,
-            **more,
+            lp=lp,
         )
         answer = of_call(registers.rax)
         if answer.accepted:
@@ -330,10 +330,7 @@ class SourceCalls:
         vcpu = self.side.tdvps(inside.vcpu)
         assert vcpu is not None
         vcpu.registers.update(R13=gpa, R12=1, R9=ALWAYS_OF_256 if write else 0)
-        for point in inside.leaf:
-            if point is Point.GUEST:
-                return True
-        return False
+        return any(point is Point.GUEST for point in inside.leaf)
 
     def _exit(self, *, current: bool) -> Answer:
         epoch = self.side.tdcs.td_epoch

@@ -130,9 +130,7 @@ class Twin:
         """Labels of the conjuncts that do not hold."""
         arguments = self._arguments(row, values)
         return frozenset(
-            c.label
-            for c in self._compiled.conjuncts(row)
-            if not c.holds(self.state, *arguments)
+            c.label for c in self._compiled.conjuncts(row) if not c.holds(self.state, *arguments)
         )
 
     def holds(self, claimed: Property) -> bool:
@@ -279,7 +277,7 @@ class Twin:
     def _wrong_progress(self) -> observe.Differences:
         """How many entries the unfinished calls have done; the host's own first one is none."""
         wrong: observe.Differences = {}
-        for stream, made in self.source.unfinished.items():
+        for made in self.source.unfinished.values():
             at = next((n for n, sent in enumerate(self.log) if sent is made.sent), None)
             if at is not None and self.get("log_entries")[at] != made.slot - 1:
                 wrong[f"log_entries[{at}]"] = (self.get("log_entries")[at], made.slot - 1)
