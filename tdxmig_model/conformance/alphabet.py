@@ -1,8 +1,8 @@
 """Which calls are tried in a state: all that the host can make with the bundles that there are.
 
-Parameters are all pages, vCPUs and streams, created or not, and the newest bundles of the log with
-one that nobody sent.  A call that no host can make is left out: an instruction of a
-guest in which no vCPU is, an entry behind the end of a list.
+Parameters are all pages, vCPUs and streams, the last of which is never created, and the newest
+bundles of the log with one that nobody sent.  A call that no host can make is left out: an
+instruction of a guest in which no vCPU is, an entry behind the end of a list.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from tdxmig_model.conformance.twin import Call, Twin
+from tdxmig_model.conformance.twin import Call, Twin, Values
 from tdxmig_model.model.words import SEPT
 
 _PLAIN: Final = (
@@ -70,7 +70,7 @@ def messages(twin: Twin) -> Iterator[int]:
 
 def _created_streams(twin: Twin) -> Iterator[Call]:
     for side in ("source", "destination"):
-        if twin.get(f"{side}_num_migs") < twin.streams + 1:
+        if twin.get(f"{side}_num_migs") < twin.streams:
             yield Call((f"{side}_mig_stream_create",), {})
 
 
@@ -113,21 +113,24 @@ def _imports(twin: Twin, stream: int) -> Iterator[Call]:
         yield Call(("import_mem_begin",), {**here, "m": m})
         for v in range(twin.vcpus):
             yield Call(("import_state_vp",), {**here, "m": m, "v": v})
-    taken = twin.destination.importing.get(stream)
-    if taken is not None and taken.slot > twin.entries:
-        return
-    for page in range(twin.pages):
-        for row in _IMPORT_ENTRIES:
-            yield Call((row,), {**here, "p": page})
-    if _asks(twin, "import_mem_nop", stream, "nop_or_late", "next_entry"):
+    under_way = twin.get("destination_unfinished")[stream]
+    if not under_way or _asks(twin, "import_mem_migrate", {**here, "p": 0}, "next_entry"):
+        yield from _import_entries(twin, here)
+    if _asks(twin, "import_mem_nop", here, "nop_or_late", "next_entry"):
         yield Call(("import_mem_nop",), here)
-    if _asks(twin, "import_mem_end", stream, "last_entry"):
+    if _asks(twin, "import_mem_end", here, "last_entry"):
         yield Call(("import_mem_end",), here)
 
 
-def _asks(twin: Twin, row: str, stream: int, *labels: str) -> bool:
+def _import_entries(twin: Twin, here: Values) -> Iterator[Call]:
+    for page in range(twin.pages):
+        for row in _IMPORT_ENTRIES:
+            yield Call((row,), {**here, "p": page})
+
+
+def _asks(twin: Twin, row: str, values: Values, *labels: str) -> bool:
     """Whether these conjuncts, which say what the call is and not whether it may be, hold."""
-    return twin.unmet(row, {"stream": stream}).isdisjoint(labels)
+    return twin.unmet(row, values).isdisjoint(labels)
 
 
 def _failures(twin: Twin) -> Iterator[Call]:

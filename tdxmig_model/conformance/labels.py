@@ -23,6 +23,8 @@ STATUSES: Final[dict[str, frozenset[str]]] = {
         # Secure EPT.
         "sept_state": "EPT_ENTRY_STATE_INCORRECT SEPT_ENTRY_STATE_INCORRECT "
         "PAGE_ALREADY_ACCEPTED EPT_VIOLATION IMPORT_MISMATCH",
+        # In order a page that is exported and clean is not exported again.
+        "out_of_order": "SEPT_ENTRY_STATE_INCORRECT",
         "write_blocked_while_live": "SEPT_ENTRY_STATE_INCORRECT",
         "tlb_tracked": "TLB_TRACKING_NOT_DONE",
         "previous_epoch_left": "PREVIOUS_TLB_EPOCH_BUSY",
@@ -51,7 +53,6 @@ STATUSES: Final[dict[str, frozenset[str]]] = {
         # Import: entries and vCPUs.
         "page_mac": "INVALID_PAGE_MAC SEPT_WALK_FAILED",
         "page_macs": "INVALID_PAGE_MAC",
-        "next_entry": "INVALID_PAGE_MAC",
         "not_over_removed": "DISALLOWED_IMPORT_OVER_REMOVED",
         "not_in_this_epoch": "MIGRATED_IN_CURRENT_EPOCH",
         "all_vcpus": "SOME_VCPUS_NOT_MIGRATED",
@@ -76,7 +77,7 @@ NO_CALL: Final = frozenset(
         "accepted_page",
         # These say which rows a call is, or what the model looks at; no module checks them.
         "first_observed",
-        "out_of_order",
+        "next_entry",
         "last_entry",
         "nop_or_late",
         "not_start_token",

@@ -23,7 +23,7 @@ from tdxmig_model.wire.constants import PAGE_SIZE
 HOST_LP: Final = 3
 """The logical processor of all calls that are not a vCPU's; vCPU i runs on number i."""
 
-STATE_BUFFERS: Final = 2
+STATE_BUFFERS: Final = 3
 """Behind the buffers of this many streams are those of calls that are not about memory."""
 
 MAX_VCPUS: Final = HOST_LP
