@@ -207,12 +207,52 @@ def changed(system: System, step: str, variable: str) -> System:
         ("import_mem_end", "destination_total_mb_count"),
         ("export_track", "source_next_mb_counter"),
         ("import_state_vp", "destination_vcpu_imported"),
+        ("import_mem_end", "destination_unfinished"),
     ],
 )
 def test_a_lost_effect_is_noticed(step, variable):
     mutant = changed(MEMORY.under("hardened"), step, variable)
     with pytest.raises(Disagreement):
         at("over", "hardened", mutant)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_another_call_of_the_stream_ends_an_unfinished_import(profile):
+    """In the model too, so that nothing of the bundle comes after it."""
+    twin = at("import under way", profile)
+    for row in ("export_pause", "export_state_td"):
+        go_on(twin, Call((row,), {}))
+    assert twin.get("destination_unfinished")[0]
+    outcome = twin.attempt(Call(("import_state_td",), {"m": 2}))
+    assert outcome.kind == "accepted"
+    assert not twin.get("destination_unfinished")[0]
+    again = twin.attempt(Call(("import_mem_migrate_pending",), {"stream": 0, "p": 1}))
+    assert (again.kind, again.answer.word) == ("refused", "INVALID_RESUMPTION")
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_key_that_was_written_during_an_import_survives_its_failure(profile):
+    twin = at("live", profile)
+    go_on(twin, Call(("destination_set_migration_key",), {}))
+    go_on(twin, Call(("import_failure",), {}))
+    assert twin.text("destination_op_state") == "FAILED_IMPORT"
+    assert twin.get("destination_mig_dec_key_set")
+
+
+def test_a_start_that_fails_uses_up_the_key():
+    twin = begin("hardened")
+    go_on(twin, Call(("destination_set_migration_key",), {}))
+    go_on(twin, Call(("import_failure",), {}))
+    assert not twin.get("destination_mig_dec_key_set")
+
+
+def test_going_back_forgets_which_vcpus_came():
+    twin = at("state", "hardened")
+    call = Call(("import_state_vp",), {"stream": 1, "m": 7, "v": 0})
+    back = twin.save()
+    for _ in range(2):
+        assert twin.attempt(call).kind == "accepted"
+        back()
 
 
 def test_another_reason_is_noticed(monkeypatch):

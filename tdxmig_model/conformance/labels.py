@@ -92,19 +92,6 @@ NO_CALL: Final = frozenset(
 NARROWER: Final[dict[str, frozenset[str]]] = {
     # The model lets a guest write through any translation that it may have kept.
     "guest_write": frozenset({"EPT_VIOLATION"}),
-    # A refused NEW call of IMPORT.MEM ends the unfinished one of its stream.
-    **{
-        f"import_mem_{kind}": frozenset({"INVALID_RESUMPTION"})
-        for kind in (
-            "migrate",
-            "migrate_pending",
-            "remigrate",
-            "remigrate_pending",
-            "cancel",
-            "nop",
-            "end",
-        )
-    },
     # The bundle says how many streams the source has; the destination needs as many.
     "import_state_immutable": frozenset({"NUM_MIGS_HIGHER_THAN_CREATED"}),
 }

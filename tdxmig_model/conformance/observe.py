@@ -139,7 +139,7 @@ def resumable(side: Side, streams: int) -> list[bool]:
         record = link.migsc.interrupted
         same = record is not None and record.mig_epoch == side.tdcs.mig_epoch
         found.append(same and _is_unfinished(link, Leaf.IMPORT_MEM))
-    return found
+    return [*found, *[False] * (streams - len(found))]
 
 
 def compare_maps(get: Get, found: Mapping[str, list[Any]]) -> Differences:

@@ -35,6 +35,7 @@ _EFFECTS: Final = (
 )
 """Rows that say what a refused call may leave behind."""
 _FAILED_IMPORT: Final = "FAILED_IMPORT"
+_IMPORTING: Final = ("MEMORY_IMPORT", "STATE_IMPORT", "POST_IMPORT", "LIVE_IMPORT")
 
 
 class Disagreement(ModelMismatch):
@@ -213,6 +214,9 @@ class Twin:
         Disagreement if something was left behind that no row says.
         """
         wrong = self.differences()
+        if call.rows[0] == "import_mem_begin":
+            # A refused NEW call ends the unfinished one of its stream; no row says so.
+            wrong.pop(f"destination_unfinished[{call.values['stream']}]", None)
         if not wrong and not answer.violation:
             return None
         before = self._copied()
@@ -265,14 +269,17 @@ class Twin:
         ]
 
     def _wrong_calls(self) -> observe.Differences:
-        """What can be resumed on the destination is unfinished in the model; it may know more."""
-        found = observe.resumable(self.destination.side, self.streams)
-        model = self.get("destination_unfinished")
-        return {
-            f"destination_unfinished[{stream}]": (False, True)
-            for stream, can in enumerate(found)
-            if can and not model[stream]
-        }
+        """Which imports can be resumed: those that are unfinished and of the present epoch."""
+        if self.text("destination_op_state") not in _IMPORTING:
+            return {}
+        wrong: observe.Differences = {}
+        epoch, model = self.get("destination_mig_epoch"), self.get("destination_unfinished")
+        for stream, can in enumerate(observe.resumable(self.destination.side, self.streams)):
+            bundle = self.get("destination_unfinished_bundle")[stream]
+            now = bool(model[stream]) and self.get("log_epoch")[bundle] == epoch
+            if now != can:
+                wrong[f"destination_unfinished[{stream}]"] = (now, can)
+        return wrong
 
     def _wrong_progress(self) -> observe.Differences:
         """How many entries the unfinished calls have done; the host's own first one is none."""
