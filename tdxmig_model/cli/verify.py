@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tdxmig_model.cli import output
+from tdxmig_model.cli.replayed import Replay, replays
 from tdxmig_model.errors import UsageError
 from tdxmig_model.expr import System
 from tdxmig_model.model.systems import SYSTEMS
@@ -62,6 +63,12 @@ COLOURS = {
     is_flag=True,
     help="Do so for the guards that the properties list, or only those of --property ID.",
 )
+@click.option(
+    "--replay",
+    "replaying",
+    is_flag=True,
+    help="Replay each counterexample on the interpreter and on the software module.",
+)
 @click.option("--all", "everything", is_flag=True, help="With --mutants: every conjunct there is.")
 @click.option(
     "--jobs",
@@ -79,6 +86,7 @@ def command(
     properties: tuple[str, ...],
     deletions: tuple[str, ...],
     campaign: bool,
+    replaying: bool,
     everything: bool,
     jobs: int,
     lemmas: bool,
@@ -101,11 +109,17 @@ def command(
 
     A lemma claims nothing: one that is not inductive under a profile is of no help there, and no
     proof rests on it.
+
+    With --replay the counterexample of each violated property is replayed on the interpreter, and
+    its calls are made on the software module: that of the profile, and the hardened one, which
+    should refuse them or come to no harm.
     """
     if deletions and campaign:
         raise UsageError("--mutant names guards and --mutants takes all: give one of them")
     if everything and not campaign:
         raise UsageError("--all is for --mutants: it deletes every conjunct of every guard")
+    if replaying and (deletions or campaign):
+        raise UsageError("--replay is for properties, not for guards that are deleted")
     _known_properties(profile, properties)
     if deletions or campaign:
         chosen = _chosen(profile, properties, deletions, everything=everything)
@@ -118,10 +132,12 @@ def command(
         bad = ("killed", "survivor") if deletions else ("survivor",)
         ctx.exit(1 if any(m.outcome in bad for m in found) else 0)
     reports = _reports(profile, properties, jobs, seed)
+    again = replays(profile, reports) if replaying else None
     if as_json:
-        output.emit_json(reports_as_json(profile, reports))
+        output.emit_json(reports_as_json(profile, reports, again))
     else:
         _print_reports(profile, reports, named=bool(properties), lemmas=lemmas)
+        _print_replays(again)
     ctx.exit(0 if all(r.holds for r in reports) else 1)
 
 
@@ -273,8 +289,10 @@ def _hint(name: str, known: Sequence[str]) -> str:
 # What is printed.
 
 
-def reports_as_json(profile: str, reports: Sequence[Report]) -> dict[str, object]:
-    """The object of ``verify --json``.
+def reports_as_json(
+    profile: str, reports: Sequence[Report], again: Sequence[Replay] | None = None
+) -> dict[str, object]:
+    """The object of ``verify --json``; with ``--replay`` it has "replays".
 
     An id stands once for each model.  Lemmas are apart from what is claimed, and not counted.
     """
@@ -295,6 +313,7 @@ def reports_as_json(profile: str, reports: Sequence[Report]) -> dict[str, object
             {"text": text, "models": models} for text, models in _assumptions(reports).items()
         ],
         "not_stated": [p.as_json() for p in not_stated(_stated())],
+        **({} if again is None else {"replays": [r.as_json() for r in again]}),
     }
 
 
@@ -372,6 +391,15 @@ def _print_table(console: Console, profile: str, report: Report, *, lemmas: bool
         depth = "" if row.depth is None else str(row.depth)
         table.add_row(row.identifier, word, row.method, depth, f"{row.ms:.0f}", says)
     console.print(table)
+
+
+def _print_replays(again: Sequence[Replay] | None) -> None:
+    if again is None:
+        return
+    for one in again:
+        click.echo(f"\n{one.text()}")
+    if not again:
+        click.echo("\nNothing is violated, so there is nothing to replay.")
 
 
 def _classified(row: Row) -> str:

@@ -100,6 +100,8 @@ class Row:
     detail: str = ""
     removed_by: tuple[str, ...] = ()
     """The repairs that remove the counterexample, each alone, from the published module."""
+    run: Run | None = None
+    """The counterexample as steps and states."""
 
     @property
     def kind(self) -> str:
@@ -453,7 +455,7 @@ class _Judge:
             row = _row(claimed, "violated", f"search in {self.sizes}", run.depth, ms, story)
             published = self.profile == TDX_1_5_01
             removed = removed_by(self.whole, run, claimed) if published else ()
-            return replace(row, removed_by=removed)
+            return replace(row, removed_by=removed, run=run)
         verdict: Verdict = "exhausted" if found.exhausted else "bounded"
         if not searched:
             verdict = "unknown"
