@@ -323,8 +323,12 @@ class Enforcer:
         for key in MAPS[self.side]:
             if key in seen:
                 name = f"{self.side}_{key}"
-                values = self.monitor[name].tolist()
-                if values != list(seen[key])[: len(values)]:
+                values, used = self.monitor[name].tolist(), _used(seen, key)
+                if any(
+                    there != model
+                    for model, there, used_now in zip(values, seen[key], used, strict=False)
+                    if used_now
+                ):
                     found[name] = (values, seen[key])
         if self.side == "source" and "refcount" in seen:
             counts = self._refcounts()
@@ -357,7 +361,12 @@ class Enforcer:
 
     def adopt(self) -> None:
         """Take over what the backend lets one see: at the start, and after the module refused."""
-        adopt(self.monitor, self.side, self.backend.observe())
+        seen: dict[str, Any] = dict(self.backend.observe())
+        for key in MAPS[self.side]:
+            if key in seen:
+                pairs = zip(seen[key], _used(seen, key), strict=True)
+                seen[key] = [value if used else 0 for value, used in pairs]
+        adopt(self.monitor, self.side, seen)
         states = self.monitor[f"{self.side}_page"]
         gpas = np.arange(len(states), dtype=np.uint64) * np.uint64(PAGE_SIZE)
         states[:] = self.backend.page_states(gpas)
@@ -389,6 +398,12 @@ class Enforcer:
         self.trace.record(
             call.step, params, shown, message, status=result.status, status_name=result.status_name
         )
+
+
+def _used(seen: Mapping[str, Any], key: str) -> list[bool]:
+    """Which streams a session has used: what a counter was in the session before is no state."""
+    flags = seen.get("initialized")
+    return [True] * len(seen[key]) if flags is None else [bool(flag) for flag in flags]
 
 
 def _under_name(refused: Refused, step: str) -> Refused:

@@ -302,3 +302,21 @@ def test_an_error_of_ours_closes_the_undo_log() -> None:
     with pytest.raises(TypeError):
         ours.check(c.ExportStateVp("0"))  # type: ignore[arg-type]
     assert ours.monitor._undo is None
+
+
+@pytest.mark.parametrize("profile", ["tdx-1.5.01", "hardened"])
+def test_a_second_session_starts_with_fresh_counters(profile) -> None:
+    """A stream that the session before used has its old counter until it is used again."""
+    pair = Pair(PAGES, streams=2, profile=profile)
+    for _ in range(2):
+        enforcer = Enforcer(pair.source, "source", profile, pages=PAGES, vcpus=1, streams=2)
+        commands = [
+            c.ExportStateImmutable(),
+            c.ExportPause(),
+            c.ExportMem(1, pair.gpas[:4], MIGRATE),
+            c.ExportAbort(),
+            c.ExportRestore(pair.gpas[:4]),
+        ]
+        assert all(enforcer.execute(command).ok for command in commands)
+        pair.new_destination(streams=2)
+        pair.exchange_keys()

@@ -41,7 +41,7 @@ RANKS = {
     5: ("verify",),
     6: ("engine",),
     7: ("backend", "transport", "premigration"),
-    8: ("enforcer", "session", "simulate", "supervisor"),
+    8: ("conformance", "enforcer", "session", "simulate", "supervisor"),
     9: ("cli", "__main__"),
 }
 RANK = {component: rank for rank, components in RANKS.items() for component in components}
@@ -81,6 +81,7 @@ THE_MODEL_AND_ITS_USES = (
         "replay",
     ),
     "verify",
+    "conformance",
 )
 
 # Library -> the only modules that may import it.

@@ -164,44 +164,6 @@ def test_each_lock_forbids_a_run(long: bool) -> None:
     all_killed(LOCKS, HARDENED, _lock_guards(long=long))
 
 
-# The deletions of the published list of guards that these models can express: its number, and the
-# conjunct or row that goes.  A row is deleted, or added, by a repair: see ENDINGS.  Number 60 is of
-# an OP_STATE that release 1.5.01 does not have.
-DELETIONS = {
-    27: (CALLS, "fail_after_commit", None),
-    28: (CALLS, "fail_in_list", None),
-    29: (CALLS, "begin_memory", "no_unfinished_memory"),
-    30: (CALLS, "resume_call", "same_operands"),
-    31: (CALLS, "resume_call", "same_epoch"),
-    32: (CALLS, "resume_call", "stream_initialized"),
-    39: (LOCKS, "take_op_state_shared", "op_state"),
-    40: (IMPORT_LOCKS, "commit_import", "op_state"),
-    47: (LOCKS, "take_op_state_exclusive", "no_shared_holder"),
-    48: (LOCKS, "take_mig_exclusive", "no_shared_holder"),
-    49: (LOCKS, "add_to_total", "atomic"),
-    50: (LOCKS, "unblock_page", "entry_free"),
-    61: (GUEST_PAGES, "accept_without_page", None),
-    63: (CALLS, "use_word", "single_read"),
-}
-
-
-@pytest.mark.parametrize("number", DELETIONS)
-def test_a_deletion_names_what_there_is(number: int) -> None:
-    system, step, label = DELETIONS[number]
-    assert system.has_step(step)
-    if label is not None:
-        assert system.step(step).needs(label).label == label
-
-
-# 29: the bundle counts from its NEW on.  48: whoever takes MIG has OP_STATE in the same mode.
-@pytest.mark.parametrize("number", [29, 48])
-def test_a_deletion_that_changes_nothing(number: int) -> None:
-    system, step, label = DELETIONS[number]
-    assert label is not None
-    (found,) = mutants(system, HARDENED, [((step, label), None)])
-    assert found.outcome == "equivalent"
-
-
 def test_an_exported_entry_is_not_exported_again_while_it_is_locked() -> None:
     """So that the look at its lock bit only tells BUSY from a wrong state."""
     (found,) = mutants(LOCKS, HARDENED, [(("lock_entry", "entry_free"), "P44")])

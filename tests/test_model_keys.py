@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -15,10 +14,11 @@ from tdxmig_model.model.forks import FORKS
 from tdxmig_model.model.key_words import KEY_WORDS
 from tdxmig_model.model.keys import KEYS
 from tdxmig_model.model.terms import TERMS
-from tdxmig_model.model.words import HARDENED, TDX_1_5_01, without
+from tdxmig_model.model.words import HARDENED, PUBLIC_REPAIRS, TDX_1_5_01, without
 from tdxmig_model.smt.induction import prove
+from tdxmig_model.smt.runs import replay
 from tdxmig_model.story import LANES
-from tdxmig_model.verify import Report, listed, mutants, verify
+from tdxmig_model.verify import Report, listed, mutants, removed_by, verify
 from tdxmig_model.verify.judge import reach, small_instance
 
 OURS = (KEYS, KEY_WORDS, TERMS, FORKS)
@@ -40,11 +40,6 @@ def runs_to(part: System, wanted: dict[str, Node]) -> dict[str, list[str]]:
     """The steps of the runs that were found to states of the searched instance."""
     found = reach(part, small_instance(part), wanted, depth=12)
     return {name: [step for step, _ in run.moves] for name, run in found.runs.items()}
-
-
-def run_against(part: System, identifier: str) -> list[str] | None:
-    """The steps of a run that breaks a property."""
-    return runs_to(part, {"broken": not_(part.property(identifier).formula)}).get("broken")
 
 
 @cache
@@ -133,6 +128,7 @@ LOST = {
     ("keys", "R5"): {"P28", "P29"},
     ("keys", "R6"): {"L13", "P27", "P28"},
     ("keys", "R10"): {"P11"},
+    ("keys", "R15"): {"P28", "P29"},
     ("key_words", "R7"): {"P31"},
     ("terms", "R4"): {"P9"},
     ("forks", "R6"): {"P3", "P30", "L11", "L12"},
@@ -144,6 +140,26 @@ LOST = {
 @pytest.mark.parametrize(("name", "repair"), LOST)
 def test_each_repair_restores_these_properties(name: str, repair: str) -> None:
     assert set(broken_in(name, without(repair))) == LOST[name, repair]
+
+
+def told_by(identifier: str, *steps: str, key: int) -> tuple[str, ...]:
+    """The repairs that remove a run of the published module, in which one key is written."""
+    part = KEYS.under(TDX_1_5_01)
+    claimed = part.property(identifier)
+    moves = [(step, {"k": key} if step == "write_dec_key" else {}) for step in steps]
+    run = replay(part, small_instance(part), moves, not_(claimed.formula))
+    return removed_by(KEYS, run, claimed)
+
+
+def test_each_side_has_a_repair_of_its_own_for_the_keys_that_it_refuses() -> None:
+    assert told_by("P29", "write_dec_key", "start_import", key=0) == ("R5",)
+    assert told_by("P29", "write_dec_key", "build_td", "start_export", key=0) == ("R15",)
+    assert {"R5", "R15"} & PUBLIC_REPAIRS == {"R5"}
+
+
+def test_a_repair_that_refuses_one_key_of_a_run_and_no_other_is_not_told() -> None:
+    read = "read_enc_key_without_entropy"
+    assert told_by("L13", read, "write_dec_key", "start_import", read, key=0) == ("R6",)
 
 
 @pytest.mark.slow
@@ -164,24 +180,11 @@ def test_the_verdicts_on_the_published_module(system: System) -> None:
 
 # Listed guards without which everything is still proved, and why.
 EQUIVALENT = {
-    ("start_export", "mig_dec_key_set"): "the key that is left in the slot is refused (R5)",
+    ("start_export", "mig_dec_key_set"): "the key that is left in the slot is refused (R15)",
     ("start_import", "mig_dec_key_set"): "an import is the first session: the slot is zero (R5)",
     ("start_import", "not_zero"): "an import is the first session: the key before is zero (R5)",
     ("export_token", "first_stream"): "the version is latched by an update and needs no guard",
     ("accept_back", "stream_in_iv"): "an abort token is made on stream 0 only",
-}
-
-# The guard deletions of the threat model that are conjuncts here, by number.
-DELETIONS = {
-    9: ("forks", "start_session", "mig_dec_key_set"),
-    11: ("keys", "start_import", "not_own_key"),
-    33: ("forks", "abort_session_with_token", "token_made"),
-    34: ("forks", "abort_session_with_token", "token_mac"),
-    35: ("forks", "make_abort_token", "op_state"),
-    37: ("forks", "fail_import", "op_state"),
-    38: ("forks", "join_session", "op_state"),
-    54: ("forks", "install_at_source", "first_time"),
-    59: ("key_words", "use_key", "whole_key"),
 }
 
 
@@ -194,51 +197,11 @@ def test_each_listed_guard_forbids_a_run_or_is_known_to_be_redundant(system: Sys
         assert mutant.outcome == ("equivalent" if known else "killed"), mutant.as_json()
 
 
-@pytest.mark.parametrize("number", DELETIONS)
-def test_a_numbered_deletion_is_a_listed_guard(number: int) -> None:
-    name, step, label = DELETIONS[number]
-    assert (step, label) in [guard for guard, _ in listed(BY_NAME[name], HARDENED)]
-    assert (step, label) not in EQUIVALENT
-
-
-# --- effects -------------------------------------------------------------------------------------
-
-
-def lacking(system: System, step: str, variable: str) -> System:
-    """The hardened system in which a step leaves a variable alone."""
-    part = system.under(HARDENED)
-    row = part.step(step)
-    kept = tuple(a for a in row.then if a.target.name != variable)
-    assert len(kept) == len(row.then) - 1
-    steps = tuple(replace(row, then=kept) if s.name == step else s for s in part.steps)
-    return replace(part, steps=steps, _by_name={})
-
-
-# The deletions that are effects here: the number, the step, the variable, and what is broken.
-EFFECTS = [
-    (10, "keys", "start_export", "mig_enc_key", "L13"),
-    (13, "keys", "export_bundle", "iv_counter", "P27"),
-    (14, "keys", "export_entry", "iv_counter", "P27"),
-    (36, "forks", "make_abort_token", "destination_op_state", "P3"),
-    (45, "keys", "start_export", "mig_working_version", "L13"),
-    (58, "forks", "begin_exchange", "source_mig_dec_key_set", "P30"),
-    (58, "forks", "answer_exchange", "destination_mig_dec_key_set", "P30"),
-]
-
-
-@pytest.mark.parametrize(("name", "step", "variable", "broken"), [e[1:] for e in EFFECTS])
-def test_each_effect_is_needed(name: str, step: str, variable: str, broken: str) -> None:
-    assert run_against(lacking(BY_NAME[name], step, variable), broken) is not None
-
-
-def test_streams_are_cleared_twice() -> None:
-    """M44: the start of the next session clears INITIALIZED as well, so an abort need not."""
-    assert prove(lacking(KEYS, "abort_export", "initialized")).failed == {}
-    assert run_against(lacking(KEYS, "start_export", "initialized"), "L13") is not None
+# --- streams -------------------------------------------------------------------------------------
 
 
 def test_the_stream_in_the_iv_is_needed() -> None:
-    """M12: without it the IVs of two streams would be the same."""
+    """Without it the IVs of two streams would be the same."""
     r = keys_rows
 
     def apart(a: Node, b: Node) -> Node:

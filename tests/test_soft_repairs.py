@@ -247,7 +247,7 @@ def test_r4_no_import_leaf_uses_the_streams_of_the_new_session():
     assert stopped.call(r10=RESUME) == Status.TDX_SUCCESS
 
 
-# --- R5, R6, R7: keys ----------------------------------------------------------------------------
+# --- R5, R15, R6, R7: keys -----------------------------------------------------------------------
 
 
 DEGENERATE = {
@@ -277,7 +277,7 @@ def start_with(key_name, side, profile):
 
 @pytest.mark.parametrize("key_name", DEGENERATE)
 @pytest.mark.parametrize("side", ["source", "destination"])
-def test_r5_degenerate_keys_are_refused_before_anything_has_changed(key_name, side):
+def test_r5_and_r15_degenerate_keys_are_refused_before_anything_has_changed(key_name, side):
     backend, command, _ = start_with(key_name, side, "hardened")
     before = backend.observe(), backend._tdcs.mig_enc_key
     refused = backend.execute(command)
@@ -296,7 +296,7 @@ def test_r5_degenerate_keys_are_refused_before_anything_has_changed(key_name, si
         ("destination", Status.TDX_INCORRECT_MBMD_MAC | FATAL_BIT),
     ],
 )
-def test_r5_as_published_a_session_begins_with_the_key_that_was_written(key_name, side, answer):
+def test_r5_and_r15_as_published_a_session_takes_the_key_that_was_written(key_name, side, answer):
     backend, command, key = start_with(key_name, side, "tdx-1.5.01")
     assert backend.execute(command).status == answer
     assert backend._tdcs.mig_dec_working_key == key

@@ -350,7 +350,8 @@ def test_the_command_prints_one_object(capsys):
     row = value["properties"][0]
     assert (row["id"], row["level"], row["verdict"]) == ("O6", "lifecycle", "proved")
     assert {"method", "depth", "ms", "counterexample"} <= set(row)
-    assert value["assumptions"] == list(LIFECYCLE.assumptions)
+    assumed = [{"text": text, "models": ["lifecycle"]} for text in LIFECYCLE.assumptions]
+    assert value["assumptions"] == assumed
     assert "P34" in {p["id"] for p in value["not_stated"]}
 
 
@@ -359,6 +360,10 @@ def test_the_command_tells_the_story_of_a_deleted_guard(capsys):
     assert code == 1
     assert "Deleted from finish_epochs: the conjunct every_vcpu" in out
     assert "Broken: O5" in out
+    table = [line.split() for line in out.splitlines()]
+    assert ["model", "guard", "of", "outcome", "breaks", "depth", "ms"] in table
+    row = ["lifecycle", "finish_epochs:every_vcpu", "O5", "killed", "O5"]
+    assert row in [line[:5] for line in table]
 
 
 def test_the_command_prints_mutants_as_one_object(capsys):

@@ -1,8 +1,9 @@
 """The destination TD: one row for each import leaf, failures that change it, and running it.
 
 An import row takes any bundle of the log: which one, and how often, is the adversary's choice.  A
-failing
-import that changes the state is a row of its own; all refusals without an effect are no row at all.
+failing import that changes the state is a row of its own; all refusals without an effect are no row
+at all.  A call that uses a stream ends the unfinished IMPORT.MEM there, as it ends every call that
+could be resumed; that a refused IMPORT.MEM does so too is left out.
 """
 
 from __future__ import annotations
@@ -314,6 +315,7 @@ STEPS = (
             mig_epoch.to(network.log_epoch[m]),
             total_mb_count.to(total_mb_count + 1),
             expected_mb_counter[0].to(1),
+            unfinished[0].to(False),
             accepted[m].to(True),
         ),
         why="A new epoch begins when every bundle before its token has been imported.",
@@ -335,6 +337,7 @@ STEPS = (
             mig_epoch.to(START_EPOCH),
             total_mb_count.to(total_mb_count + 1),
             expected_mb_counter[0].to(1),
+            unfinished[0].to(False),
             accepted[m].to(True),
         ),
         why="The start token is taken only when every vCPU, and so the TD state, has arrived.",
@@ -355,6 +358,7 @@ STEPS = (
             op_state.to(STATE_IMPORT),
             total_mb_count.to(total_mb_count + 1),
             expected_mb_counter[0].to(expected_mb_counter[0] + 1),
+            unfinished[0].to(False),
             accepted[m].to(True),
             td_imported.to(True),
         ),
@@ -380,6 +384,7 @@ STEPS = (
             migrated_vcpus.to(migrated_vcpus + 1),
             total_mb_count.to(total_mb_count + 1),
             expected_mb_counter[i].to(expected_mb_counter[i] + 1),
+            unfinished[i].to(False),
             accepted[m].to(True),
         ),
         why="Each vCPU is imported once, after the TD state.",
@@ -424,7 +429,11 @@ STEPS = (
                 ),
             ),
         ),
-        then=(op_state.to(FAILED_IMPORT), key_set.to(False)),
+        then=(
+            op_state.to(FAILED_IMPORT),
+            # Only the start of a session uses up the key; one written since then stays.
+            key_set.to(choose(op_state.eq(UNINITIALIZED), False, key_set)),
+        ),
         why="A wrong MAC, MBMD, list or count before the commit ends the import for good.",
         cite=f"fatal errors of the IMPORT leaves; {MODULE}",
     ),

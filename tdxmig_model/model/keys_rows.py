@@ -130,14 +130,18 @@ def _log(
 
 _WORKING_VERSION = (log_version[log_length].to(working_version),)
 
-# Repair R5 is these four conjuncts.
-_SESSION_NEEDS = (
-    need("mig_dec_key_set", dec_key_set),
-    need("not_zero", dec_key.ne(ZERO_KEY), *repaired("R5")),
-    need("not_own_key", dec_key.ne(enc_key), *repaired("R5")),
-    need("not_previous_dec_key", dec_key.ne(dec_working), *repaired("R5")),
-    need("not_previous_enc_key", dec_key.ne(enc_working), *repaired("R5")),
-)
+
+def _session_needs(repair: str) -> tuple[Need, ...]:
+    """What the start of a session asks of the slots; a repair adds the last four conjuncts."""
+    return (
+        need("mig_dec_key_set", dec_key_set),
+        need("not_zero", dec_key.ne(ZERO_KEY), *repaired(repair)),
+        need("not_own_key", dec_key.ne(enc_key), *repaired(repair)),
+        need("not_previous_dec_key", dec_key.ne(dec_working), *repaired(repair)),
+        need("not_previous_enc_key", dec_key.ne(enc_working), *repaired(repair)),
+    )
+
+
 _SESSION_START: tuple[Assign, ...] = (
     enc_working.to(enc_key),
     enc_key.to(known),
@@ -238,7 +242,7 @@ EXPORTS = (
     step(
         "start_export",
         SOURCE,
-        when=(_in(RUNNABLE, LIVE_IMPORT), *_SESSION_NEEDS),
+        when=(_in(RUNNABLE, LIVE_IMPORT), *_session_needs("R15")),
         then=(
             *_SESSION_START,
             starting.to(True),
@@ -303,7 +307,7 @@ IMPORTS = (
     step(
         "start_import",
         SOURCE,
-        when=(_in(UNINITIALIZED), *_SESSION_NEEDS),
+        when=(_in(UNINITIALIZED), *_session_needs("R5")),
         then=(
             *_SESSION_START,
             op_state.to(MEMORY_IMPORT),

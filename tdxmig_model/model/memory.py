@@ -94,6 +94,13 @@ _same_epoch = need("resumed_epoch", implies(n.observed, n.log_epoch[_made].eq(s.
 _pending = s.page[p].in_(*s.PENDING_STATES)
 # Repair R11: an exported page is not writable, whatever it was before.
 _closed = only(repaired("R11"), x.writable[p].to(False))
+# While the TD runs, translations of a page that was writable until now are as new as can be.
+_just_closed = only(
+    repaired("R11"),
+    x.blocked_at[p].to(
+        choose(all_of(s.op_state.eq(LIVE_EXPORT), x.writable[p]), s.td_epoch, x.blocked_at[p])
+    ),
+)
 
 _read = d.unfinished_bundle[i]
 _next = x.progress[i]
@@ -157,10 +164,10 @@ _ADDITIONS = {
         ),
     ),
     "export_mem_migrate": addition(
-        _append(MIGRATE, _pending, True), _sends(), _closed, needs=(_same_epoch,)
+        _append(MIGRATE, _pending, True), _sends(), _closed, _just_closed, needs=(_same_epoch,)
     ),
     "export_mem_remigrate": addition(
-        _append(REMIGRATE, _pending, True), _sends(), _closed, needs=(_same_epoch,)
+        _append(REMIGRATE, _pending, True), _sends(), _closed, _just_closed, needs=(_same_epoch,)
     ),
     "export_mem_cancel": addition(
         _append(CANCEL, False, True), _sends(), x.writable[p].to(True), needs=(_same_epoch,)

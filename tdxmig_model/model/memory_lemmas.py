@@ -54,6 +54,8 @@ from tdxmig_model.model.words import (
     MUTABLE_VCPU_STATE,
     NOP,
     PENDING,
+    PENDING_BLOCKEDW,
+    PENDING_EXPORTED_DIRTY_BLOCKEDW,
     REMOVED,
     START_EPOCH,
     STATE_IMPORT,
@@ -76,11 +78,15 @@ SOURCE_LEMMAS = (
         "write_blocked",
         pages(
             lambda p: all_of(
-                implies(s.page[p].eq(BLOCKEDW), not_(x.writable[p])),
+                implies(s.page[p].in_(BLOCKEDW, PENDING_BLOCKEDW), not_(x.writable[p])),
                 implies(
                     all_of(
                         s.op_state.eq(LIVE_EXPORT),
-                        s.page[p].in_(EXPORTED_BLOCKEDW, EXPORTED_DIRTY_BLOCKEDW),
+                        s.page[p].in_(
+                            EXPORTED_BLOCKEDW,
+                            EXPORTED_DIRTY_BLOCKEDW,
+                            PENDING_EXPORTED_DIRTY_BLOCKEDW,
+                        ),
                     ),
                     not_(x.writable[p]),
                 ),

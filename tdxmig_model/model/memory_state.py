@@ -23,7 +23,7 @@ from tdxmig_model.model.words import (
 # The source: who can write a page.
 writable = mapping("source_writable", (PAGE,), BOOL, True, SOURCE, doc="the W bit of the entry")
 blocked_at = mapping(
-    "source_blocked_at", (PAGE,), INT, 0, SOURCE, doc="TD_EPOCH when the page was write-blocked"
+    "source_blocked_at", (PAGE,), INT, 0, SOURCE, doc="TD_EPOCH when W was cleared last"
 )
 version = mapping("source_version", (PAGE,), INT, 0, SOURCE, ghost=True, doc="content of a page")
 version_at_pause = mapping("source_version_at_pause", (PAGE,), INT, 0, SOURCE, ghost=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tdxmig_model.model.bindings import BINDINGS
 from tdxmig_model.model.calls import CALLS
 from tdxmig_model.model.control_properties import CONTROL
 from tdxmig_model.model.forks import FORKS
@@ -24,6 +25,7 @@ SYSTEMS = (
     CONTROL,
     KEYS,
     KEY_WORDS,
+    BINDINGS,
     TERMS,
     FORKS,
     LOCKS,

@@ -16,7 +16,7 @@ TDX_1_5_01 = "tdx-1.5.01"
 PROFILES = (HARDENED, TDX_1_5_01)
 """The profiles that a user can choose; the others tell which repair removes a counterexample."""
 
-REPAIRS = tuple(f"R{n}" for n in range(1, 15))
+REPAIRS = tuple(f"R{n}" for n in range(1, 16))
 """The repairs of the hardened profile, by their ids in specs/repairs.toml."""
 
 PUBLIC_REPAIRS = frozenset({"R1", "R2", "R3", "R4", "R5", "R8", "R10", "R11", "R13"})

@@ -77,6 +77,9 @@ DIRECTED_STATES = 20_000
 DEPTH = 16
 """Steps to which bounded checking looks for a run."""
 
+NOT_INDUCTIVE = "not inductive"
+"""The method of the verdict on a lemma that the steps of a profile do not keep."""
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -97,6 +100,8 @@ class Row:
     detail: str = ""
     removed_by: tuple[str, ...] = ()
     """The repairs that remove the counterexample, each alone, from the published module."""
+    run: Run | None = None
+    """The counterexample as steps and states."""
 
     @property
     def kind(self) -> str:
@@ -109,6 +114,15 @@ class Row:
     def holds(self) -> bool:
         """Whether the verdict is a good one without a bound on depth."""
         return self.verdict in ("proved", "exhausted", "reachable")
+
+    @property
+    def claims(self) -> bool:
+        """Whether the verdict matters by itself.
+
+        A lemma that is not inductive under a profile is only of no help there: no proof rests on
+        it, and it is neither true nor false.
+        """
+        return self.method != NOT_INDUCTIVE
 
     def as_json(self) -> dict[str, object]:
         """The row as plain data."""
@@ -147,7 +161,7 @@ class Report:
     @property
     def holds(self) -> bool:
         """Whether every verdict is a good one and every step can be taken."""
-        return not self.dead_steps and all(r.holds for r in (*self.rows, *self.goals))
+        return not self.dead_steps and all(r.holds for r in (*self.rows, *self.goals) if r.claims)
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,7 +444,7 @@ class _Judge:
         detail = self.induction.why(claimed.identifier)
         if claimed.level == "lemma":  # it claims nothing by itself: no counterexample is looked for
             ms = self.induction.ms_of(claimed.identifier)
-            return _row(claimed, "unknown", "not inductive", None, ms, None, detail)
+            return _row(claimed, "unknown", NOT_INDUCTIVE, None, ms, None, detail)
         bad = {claimed.identifier: not_(claimed.formula)}
         found = reach(self.part, self.instance, bad, depth=self.depth, seed=self.seed)
         ms = (time.perf_counter() - begun) * 1000 + self.induction.ms_of(claimed.identifier)
@@ -441,7 +455,7 @@ class _Judge:
             row = _row(claimed, "violated", f"search in {self.sizes}", run.depth, ms, story)
             published = self.profile == TDX_1_5_01
             removed = removed_by(self.whole, run, claimed) if published else ()
-            return replace(row, removed_by=removed)
+            return replace(row, removed_by=removed, run=run)
         verdict: Verdict = "exhausted" if found.exhausted else "bounded"
         if not searched:
             verdict = "unknown"

@@ -1,7 +1,9 @@
 """What each guard is for: delete one conjunct, and find the run that it forbids.
 
 A mutant is *killed* by a run that breaks a property, *equivalent* if the property is still proved
-without the conjunct, and a *survivor* if neither is known.
+without the conjunct, and a *survivor* if neither is known.  An equivalent one is *contract-only* if
+the TDX module refuses a call that the row without the conjunct allows: no property needs the guard,
+but a status code does.
 """
 
 from __future__ import annotations
@@ -21,11 +23,17 @@ from tdxmig_model.smt.induction import Prover, conjuncts, known, prove
 from tdxmig_model.smt.runs import Run, replay
 from tdxmig_model.smt.z3api import Answer
 from tdxmig_model.story import Story, tell
-from tdxmig_model.verify.judge import LARGER, SMALL, ceiling, direct, small_instance
+from tdxmig_model.verify.judge import LARGER, SMALL, Verdict, ceiling, direct, small_instance
 
-Outcome = Literal["killed", "equivalent", "survivor"]
+Outcome = Literal["killed", "equivalent", "contract-only", "survivor"]
 Deletion = tuple[str, str]
 """A step and the label of one conjunct of its guard."""
+
+Contract = Callable[[str, str, str], bool]
+"""Of a model, a step and a label: does an implementation refuse a call that only the conjunct does?
+
+The models know no implementation, so whoever starts a campaign may bring one.
+"""
 
 UNCHANGED = "induction without the conjunct"
 STATES = 100_000
@@ -55,11 +63,19 @@ class Mutant:
     ms: float
     story: Story | None = None
     run: Run | None = None
+    model: str = ""
+    verdicts: tuple[tuple[str, Verdict], ...] = ()
+    """What is known of the properties that were judged, by their ids."""
+
+    @property
+    def deletion(self) -> Deletion:
+        """What was deleted."""
+        return self.step, self.label
 
     def as_json(self) -> dict[str, object]:
         """The mutant as plain data."""
-        told = None if self.story is None else [e.as_json() for e in self.story.events]
         return {
+            "model": self.model,
             "step": self.step,
             "label": self.label,
             "target": self.target,
@@ -68,9 +84,28 @@ class Mutant:
             "method": self.method,
             "depth": self.depth,
             "ms": round(self.ms, 1),
-            "counterexample": told,
+            "counterexample": self._told(),
             "ending": [] if self.story is None else list(self.story.ending),
         }
+
+    def properties_as_json(self) -> list[dict[str, object]]:
+        """The verdicts on the properties of the model without the conjunct, as plain data."""
+        return [
+            {
+                "model": self.model,
+                "id": name,
+                "deleted": f"{self.step}:{self.label}",
+                "verdict": verdict,
+                "method": self.method,
+                "depth": self.depth,
+                "ms": round(self.ms, 1),
+                "counterexample": self._told() if name == self.broken else None,
+            }
+            for name, verdict in self.verdicts
+        ]
+
+    def _told(self) -> list[dict[str, object]] | None:
+        return None if self.story is None else [e.as_json() for e in self.story.events]
 
 
 def listed(system: System, profile: str) -> list[tuple[Deletion, str]]:
@@ -100,10 +135,12 @@ def mutants(
     jobs: int = 1,
     depth: int = DEPTH,
     progress: Callable[[Mutant], None] | None = None,
+    contract: Contract | None = None,
 ) -> list[Mutant]:
     """Judge deletions (by default those that properties list), each with its target property.
 
-    `jobs` processes share them.  UsageError for a conjunct that the profile does not have.
+    `jobs` processes share them; `contract` is asked here.  UsageError for a conjunct that the
+    profile does not have.
     """
     chosen = listed(system, profile) if deletions is None else list(deletions)
     part = system.under(profile)
@@ -112,7 +149,10 @@ def mutants(
             raise UsageError(f"under {profile} the {part.name} model has no {step}:{label}")
     judge = partial(judge_deletion, part, seed=seed, depth=depth)
     results = []
-    for mutant in _mapped(judge, chosen, jobs):
+    for found in _mapped(judge, chosen, jobs):
+        mutant = found
+        if found.outcome == "equivalent" and contract and contract(part.name, *found.deletion):
+            mutant = replace(found, outcome="contract-only")
         results.append(mutant)
         if progress is not None:
             progress(mutant)
@@ -125,7 +165,10 @@ def mutants(
 
 
 def _doubted(mutant: Mutant) -> Mutant:
-    return replace(mutant, outcome="survivor", method="the invariant itself is not inductive")
+    nothing: Verdict = "unknown"
+    unknown = tuple((name, nothing) for name, _ in mutant.verdicts)
+    method = "the invariant itself is not inductive"
+    return replace(mutant, outcome="survivor", method=method, verdicts=unknown)
 
 
 def _mapped(
@@ -157,6 +200,8 @@ def judge_deletion(
     claims = [p for p in part.properties if p.level != "lemma"]
     aimed = [p for p in claims if target in (None, p.identifier)]
 
+    unproved: list[Property] = []
+
     def done(outcome: Outcome, method: str, run: Run | None = None) -> Mutant:
         broken = None if run is None else _broken(mutant, run, [*aimed, *claims])
         story = None
@@ -173,6 +218,8 @@ def judge_deletion(
             (time.perf_counter() - begun) * 1000,
             story,
             run,
+            part.name,
+            _verdicts(outcome, aimed, unproved, broken),
         )
 
     if _still_inductive(part, mutant, seed):
@@ -188,7 +235,7 @@ def judge_deletion(
     if run is not None:
         return done("killed", "explicit search", run)
     induction = prove(mutant, seed=seed, patient=False)
-    unproved = [p for p in claims if not induction.proves(p.identifier)]
+    unproved += [p for p in claims if not induction.proves(p.identifier)]
     # The target first; what else the conjunct protects counts as well.
     run = hunt.bounded([p for p in aimed if p in unproved], depth)
     if run is not None:
@@ -207,6 +254,25 @@ def judge_deletion(
     return done("equivalent", "induction with a weaker invariant")
 
 
+def _verdicts(
+    outcome: Outcome,
+    aimed: Sequence[Property],
+    unproved: Sequence[Property],
+    broken: Property | None,
+) -> tuple[tuple[str, Verdict], ...]:
+    """What is known of the properties aimed at, and of the one that a run breaks.
+
+    If a run was found before a proof was tried nothing is known of the others.
+    """
+    known: dict[str, Verdict] = {}
+    for claimed in aimed:
+        tried = outcome != "killed" or bool(unproved)
+        known[claimed.identifier] = "proved" if tried and claimed not in unproved else "unknown"
+    if broken is not None:
+        known[broken.identifier] = "violated"
+    return tuple(known.items())
+
+
 def _any_false(claims: Sequence[Property]) -> Node:
     return any_of(*(not_(p.formula) for p in claims))
 
@@ -222,9 +288,15 @@ def _broken(mutant: System, run: Run, claims: Sequence[Property]) -> Property | 
 
 
 def _still_inductive(part: System, mutant: System, seed: int) -> bool:
-    """Whether the whole invariant is kept without the conjunct: the rows that lost it can tell."""
+    """Whether the whole invariant is kept without the conjunct: the rows that lost it can tell.
+
+    Not if the smaller model lost something with the conjunct: every row may rest on that.
+    """
     invariant = conjuncts(mutant)
-    prover = Prover(mutant, invariant, seed, patient=False, given=known(mutant, seed))
+    given = known(mutant, seed)
+    if given != known(part, seed):
+        return False
+    prover = Prover(mutant, invariant, seed, patient=False, given=given)
     weaker = [s for s in mutant.steps if s.when != part.step(s.name).when]
     queries = [q for s in weaker for q in prover.kept_by(s, invariant)]
     return all(q.answer is Answer.UNSAT for q in queries)

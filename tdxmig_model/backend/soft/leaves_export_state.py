@@ -80,7 +80,7 @@ def export_state_immutable(call: Call) -> Steps[int]:
         OPERAND_INVALID|MIG_BUFF_LIST_ENTRY; INTERRUPTED_RESUMABLE.
     Source: tdh_export_state_immutable.c.
 
-    Repair R5 (hardened): INVALID_MIGRATION_DECRYPTION_KEY for a degenerate key.  Repair R4
+    Repair R15 (hardened): INVALID_MIGRATION_DECRYPTION_KEY for a degenerate key.  Repair R4
     (hardened): OP_STATE_INCORRECT for a NEW call while one is interrupted.
     """
     registers = call.registers

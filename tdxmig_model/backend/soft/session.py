@@ -22,8 +22,8 @@ ANY_EPOCH = -1
 def rotate_keys(call: Call, tdcs: Tdcs) -> None:
     """Session start: keys to working copies, a new encryption key, counters and streams reset.
 
-    Repair R5 (hardened): a decryption key that is zero, was used before, or is this TD's own
-    encryption key is refused, and nothing has changed.
+    Repairs R5 of an import and R15 of an export (hardened): a decryption key that is zero, was used
+    before, or is this TD's own encryption key is refused, and nothing has changed.
     """
     known = (
         ZERO_KEY,

@@ -79,9 +79,6 @@ class Snapshot:
 
 
 def _copy(value: Any) -> Any:
-    """A copy of what leaves change in place: lists, dictionaries, hashes in progress."""
-    if isinstance(value, list):
-        return list(value)
-    if isinstance(value, dict):
-        return dict(value)
-    return value.copy() if hasattr(value, "hexdigest") else value
+    """A copy of what leaves change in place: lists, dictionaries, sets, hashes in progress."""
+    changes = isinstance(value, list | dict | set) or hasattr(value, "hexdigest")
+    return value.copy() if changes else value
