@@ -40,7 +40,7 @@ class HashSet:
         """Add different hashes; which of them are new."""
         while 2 * (self._size + len(hashes)) > len(self._slots):
             old = self._slots[self._slots != 0]
-            self._slots = np.zeros(4 * len(self._slots), np.uint64)
+            self._slots = np.zeros(2 * len(self._slots), np.uint64)
             self._insert(old)
         new = self._insert(hashes)
         self._size += int(new.sum())

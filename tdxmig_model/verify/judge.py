@@ -22,12 +22,12 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from types import TracebackType
 from typing import Literal
 
 from tdxmig_model.errors import UsageError
-from tdxmig_model.explore import Exploration, directed, explore
+from tdxmig_model.explore import Exploration, box_of, directed, explore, in_phases
 from tdxmig_model.expr import Instance, Interpreter, Node, Property, System, not_
 from tdxmig_model.model.words import PUBLIC_REPAIRS, TDX_1_5_01
 from tdxmig_model.pool import pool
@@ -73,6 +73,11 @@ STATES = 200_000
 
 DIRECTED_STATES = 20_000
 """How many states a directed search visits before bounded checking takes over."""
+
+SLACKS = (0, 50, 100)
+PHASED_STATES = 20_000_000
+"""By how many percent integers may outgrow the runs to the witnesses, and how many states a search
+in phases visits for each; after that bounded checking takes over."""
 
 DEPTH = 16
 """Steps to which bounded checking looks for a run."""
@@ -204,6 +209,36 @@ def direct(
     return shortened(system, replay(system, instance, moves, formula), formula)
 
 
+@lru_cache(maxsize=8)
+def witness_box(system: System) -> Mapping[str, int]:
+    """How large integers grow in small runs to all witnesses and goals of a system (of a profile).
+
+    Searched for once in each process.
+    """
+    wanted = {f"witness of {p.identifier}": p.witness for p in system.properties if p.witness}
+    wanted |= {f"goal {g.identifier}": g.formula for g in system.goals}
+    found = reach(system, small_instance(system), wanted, depth=0, shortest=False)
+    return box_of(system, (run.states for run in found.runs.values()))
+
+
+def phased(system: System, instance: Instance, formula: Node, box: Mapping[str, int]) -> Run | None:
+    """A run that the search in phases finds, replayed and shortened."""
+    for slack in SLACKS:
+        found = in_phases(
+            system,
+            instance,
+            formula,
+            ceiling=ceiling(instance),
+            box=box,
+            slack=slack,
+            limit=PHASED_STATES,
+        )
+        if found.trace is not None:
+            moves = [(s.step, s.params) for s in found.trace]
+            return shortened(system, replay(system, instance, moves, formula), formula)
+    return None
+
+
 def reach(
     system: System,
     instance: Instance,
@@ -213,9 +248,10 @@ def reach(
     states: int = STATES,
     seed: int = 0,
     shortest: bool = True,
+    phases: bool = False,
 ) -> Reached:
     """Runs to states with each of the wanted formulas: breadth-first search, then a directed one,
-    then bounded checking.
+    if wanted one in phases, then bounded checking.
 
     Every run that is found is looked through for the other formulas before these are searched for.
     """
@@ -232,6 +268,8 @@ def reach(
         if name in runs or exhausted:
             continue
         run = direct(system, instance, formula)
+        if run is None and phases:
+            run = phased(system, instance, formula, witness_box(system))
         if run is None:
             found = search(system, instance, formula, depth=depth, seed=seed, shortest=shortest)
             searched[name] = max(searched[name], found.depth)
@@ -446,7 +484,7 @@ class _Judge:
             ms = self.induction.ms_of(claimed.identifier)
             return _row(claimed, "unknown", NOT_INDUCTIVE, None, ms, None, detail)
         bad = {claimed.identifier: not_(claimed.formula)}
-        found = reach(self.part, self.instance, bad, depth=self.depth, seed=self.seed)
+        found = reach(self.part, self.instance, bad, depth=self.depth, seed=self.seed, phases=True)
         ms = (time.perf_counter() - begun) * 1000 + self.induction.ms_of(claimed.identifier)
         run = found.runs.get(claimed.identifier)
         searched = found.searched[claimed.identifier]

@@ -23,7 +23,16 @@ from tdxmig_model.smt.induction import Prover, conjuncts, known, prove
 from tdxmig_model.smt.runs import Run, replay
 from tdxmig_model.smt.z3api import Answer
 from tdxmig_model.story import Story, tell
-from tdxmig_model.verify.judge import LARGER, SMALL, Verdict, ceiling, direct, small_instance
+from tdxmig_model.verify.judge import (
+    LARGER,
+    SMALL,
+    Verdict,
+    ceiling,
+    direct,
+    phased,
+    small_instance,
+    witness_box,
+)
 
 Outcome = Literal["killed", "equivalent", "contract-only", "survivor"]
 Deletion = tuple[str, str]
@@ -224,7 +233,7 @@ def judge_deletion(
 
     if _still_inductive(part, mutant, seed):
         return done("equivalent", UNCHANGED)
-    hunt = _Hunt(mutant, seed)
+    hunt = _Hunt(part, mutant, seed)
     run = hunt.explicitly(aimed, hunt.small)
     if run is not None:
         return done("killed", "explicit search", run)
@@ -237,7 +246,11 @@ def judge_deletion(
     induction = prove(mutant, seed=seed, patient=False)
     unproved += [p for p in claims if not induction.proves(p.identifier)]
     # The target first; what else the conjunct protects counts as well.
-    run = hunt.bounded([p for p in aimed if p in unproved], depth)
+    doubtful = [p for p in aimed if p in unproved]
+    run = hunt.phased(doubtful)
+    if run is not None:
+        return done("killed", "search in phases", run)
+    run = hunt.bounded(doubtful, depth)
     if run is not None:
         return done("killed", "bounded checking", run)
     others = [p for p in unproved if p not in aimed]
@@ -249,7 +262,7 @@ def judge_deletion(
     )
     if run is not None:
         return done("killed", "search for other properties", run)
-    if any(p in unproved for p in aimed):
+    if doubtful:
         return done("survivor", hunt.searched())
     return done("equivalent", "induction with a weaker invariant")
 
@@ -303,13 +316,15 @@ def _still_inductive(part: System, mutant: System, seed: int) -> bool:
 
 
 class _Hunt:
-    """The search for a run to a bad state: breadth first, then directed, then bounded."""
+    """The search for a run to a bad state: breadth first, directed, in phases, then bounded."""
 
-    def __init__(self, mutant: System, seed: int) -> None:
+    def __init__(self, part: System, mutant: System, seed: int) -> None:
+        self.part = part
         self.mutant = mutant
         self.seed = seed
         self.small = small_instance(mutant, SMALL)
         self.larger = small_instance(mutant, LARGER)
+        self.two_streams = small_instance(mutant, {**SMALL, "Stream": 2})
         self.visited: dict[str, None] = {}
 
     def explicitly(self, claims: Sequence[Property], instance: Instance) -> Run | None:
@@ -337,6 +352,17 @@ class _Hunt:
         for claimed in claims:
             formula = inside(not_(claimed.formula), self.small)
             run = direct(self.mutant, self.small, formula, DIRECTED_STATES)
+            if run is not None:
+                return run
+        return None
+
+    def phased(self, claims: Sequence[Property]) -> Run | None:
+        """A run of a small instance that breaks some claim, one actor after the other."""
+        if not claims:
+            return None
+        for instance in (self.small, self.two_streams):
+            formula = inside(_any_false(claims), instance)
+            run = phased(self.mutant, instance, formula, witness_box(self.part))
             if run is not None:
                 return run
         return None
