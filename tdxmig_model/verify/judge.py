@@ -215,7 +215,9 @@ def witness_box(system: System) -> Mapping[str, int]:
 
     Searched for once in each process.
     """
-    wanted = {f"witness of {p.identifier}": p.witness for p in system.properties if p.witness}
+    wanted = {
+        f"witness of {p.identifier}": p.witness for p in system.properties if p.witness is not None
+    }
     wanted |= {f"goal {g.identifier}": g.formula for g in system.goals}
     found = reach(system, small_instance(system), wanted, depth=0, shortest=False)
     return box_of(system, (run.states for run in found.runs.values()))
