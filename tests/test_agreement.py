@@ -11,6 +11,7 @@ from agreement import Witnesses, agree, as_lists, random_parameters
 from expectations import MODELS, instance_of, load
 from random_models import random_state
 from reference import Frozen, Reference
+from small_instances import entry_of, small
 
 from tdxmig_model.errors import Refused
 from tdxmig_model.explore.successors import FlatState, Successors
@@ -23,55 +24,6 @@ CASES = [(model, profile) for model in MODELS for profile in PROFILES]
 # The largest models have twice as many states, which take longer than the rest together.
 LARGE = [(model, TDX_1_5_01) for model in ("leaf", "order", "memory", "calls")]
 STATES = [pytest.param(*c, marks=[pytest.mark.slow] if c in LARGE else []) for c in CASES]
-Ceilings = dict[str, int]
-
-# --- small instances, whose states can all be looked at -------------------------------------------
-
-ONE_PAGE = {"Page": 1, "Stream": 1, "Vcpu": 1, "Epoch": 4, "Message": 3}
-FEW: Ceilings = {
-    "": 1,
-    "source_num_migs": 2,
-    "destination_num_migs": 2,
-    "source_refcount": 0,
-    "source_refcount_previous": 0,
-    "source_total_mb_count": 3,
-    "destination_total_mb_count": 3,
-    "source_next_mb_counter": 2,
-    "destination_expected_mb_counter": 2,
-    "destination_mig_epoch": 3,
-    "destination_page_epoch": 3,
-    "log_counter": 2,
-    "log_epoch": 3,
-    "log_total": 3,
-    "token_position": 3,
-}
-SMALL: dict[str, tuple[dict[str, int], Ceilings]] = {
-    "lifecycle": ({"Vcpu": 1, "Epoch": 4, "Message": 4}, {}),
-    "leaf": (ONE_PAGE, FEW),
-    "order": (ONE_PAGE, FEW),
-    "memory": ({**ONE_PAGE, "Entry": 1}, {**FEW, "destination_accepted_end": 4}),
-    "control": ({"Field": 2}, {}),
-    "keys": (
-        {"Key": 4, "Counter": 1, "Link": 1, "Use": 1, "Version": 1},
-        {"": 4, "sessions": 1},
-    ),
-    "key_words": ({"Key": 3, "Word": 2}, {}),
-    "terms": ({"Td": 2, "Key": 4, "Link": 2, "Term": 1, "Receipt": 1}, {"keys_made": 3}),
-    "forks": ({"Td": 2, "Exchange": 2}, {}),
-    "locks": ({"Processor": 1, "Link": 1, "Page": 1}, {"": 2}),
-    "import locks": ({"Processor": 2, "Link": 1, "Page": 1}, {"": 2}),
-    "calls": ({"Operands": 1, "Value": 2}, {"": 1}),
-    "guest pages": ({"Page": 2}, {}),
-}
-
-
-def entry_of(model: str, profile: str) -> dict[str, Any]:
-    sizes, given = SMALL[model]
-    return {"model": model, "profile": profile, "sizes": sizes, "ceilings": given}
-
-
-def small(model: str, profile: str) -> tuple[System, Instance, Ceilings]:
-    return instance_of(entry_of(model, profile))
 
 
 def flat(state: Frozen) -> FlatState:
