@@ -118,10 +118,11 @@ def agree_on_some(entry: dict[str, Any], parts: int, *, z3: bool) -> None:
     system, instance, limits = instance_of(entry)
     order, _, _ = expanded(Successors(system, instance, limits))
     witnesses = Witnesses(system, instance, around=max(limits.values(), default=0))
+    chosen = order[:: max(1, len(order) // parts)]
     taken = 0
-    for state in order[:: max(1, len(order) // parts)]:
+    for state in chosen:
         taken += witnesses.agree_on_all(unflat(system, instance, state), z3=z3)
-    assert taken > parts // 2
+    assert taken > len(chosen) // 2
 
 
 @pytest.mark.parametrize(("model", "profile"), CASES)
@@ -131,8 +132,8 @@ def test_z3_agrees_in_a_sample_of_reachable_states(model: str, profile: str) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model", "profile"), CASES)
-def test_z3_agrees_in_all_reachable_states(model: str, profile: str) -> None:
-    agree_on_some(entry_of(model, profile), 10**9, z3=True)
+def test_z3_agrees_in_all_reachable_states_or_in_2000(model: str, profile: str) -> None:
+    agree_on_some(entry_of(model, profile), 2000, z3=True)
 
 
 @pytest.mark.slow
