@@ -56,6 +56,7 @@ VARIABLES: dict[str, dict[str, str]] = {
     "memory": BOTH,
     "control": {DESTINATION: "control_op_state"},
     "keys": {SOURCE: "op_state"},
+    "bindings": {SOURCE: "bindings_op_state"},
     "terms": {SOURCE: "role", DESTINATION: "role"},
     "forks": BOTH,
     "locks": {SOURCE: "locks_op_state"},
@@ -187,6 +188,12 @@ OTHER_ROWS: Differences = {
     ("forks", "fail_import"): (states("MEMORY_IMPORT", "POST_IMPORT"), PART),
     ("forks", "fail_live_import"): (states("LIVE_IMPORT"), PART),
     ("forks", "fail_in_flight"): (states("RUNNABLE"), EARLIER),
+    ("bindings", "fail_bound_td"): (
+        states("MEMORY_IMPORT", "STATE_IMPORT", "POST_IMPORT"),
+        "a failed import that is aborted again fails no more",
+    ),
+    ("bindings", "give_bound_td"): (states("PAUSED_EXPORT"), START),
+    ("bindings", "take_bound_td"): (states("STATE_IMPORT"), SMALLER),
     ("locks", "make_start_token"): (states("PAUSED_EXPORT"), START),
     ("import locks", "run_imported_guest"): (IMPORTED, EARLIER),
 }
@@ -212,6 +219,18 @@ LEAVES_WITHOUT: dict[tuple[str, str, str], tuple[States, str]] = {
     ("forks", "source_op_state", "TDH.EXPORT.TRACK"): (
         states("LIVE_EXPORT"),
         "the model has no epoch token but the start token",
+    ),
+    ("bindings", "bindings_op_state", "TDH.EXPORT.TRACK"): (
+        states("LIVE_EXPORT"),
+        "the model has no epoch token but the start token",
+    ),
+    ("bindings", "bindings_op_state", "TDH.IMPORT.TRACK"): (
+        states("MEMORY_IMPORT"),
+        "the model has no epoch token but the start token",
+    ),
+    ("bindings", "bindings_op_state", "TDH.IMPORT.ABORT"): (
+        states("FAILED_IMPORT"),
+        "a failed import that is aborted again fails no more",
     ),
     ("locks", "locks_op_state", "TDH.EXPORT.TRACK"): (states("LIVE_EXPORT"), START),
     ("guest pages", "pages_source", "TDH.EXPORT.MEM"): (

@@ -38,6 +38,7 @@ SMALL: dict[str, tuple[dict[str, int], Ceilings]] = {
         {"": 4, "sessions": 1},
     ),
     "key_words": ({"Key": 3, "Word": 2}, {}),
+    "bindings": ({"ServiceTd": 2, "InfoHash": 2}, {"": 2}),
     "terms": ({"Td": 2, "Key": 4, "Link": 2, "Term": 1, "Receipt": 1}, {"keys_made": 3}),
     "forks": ({"Td": 2, "Exchange": 2}, {}),
     "locks": ({"Processor": 1, "Link": 1, "Page": 1}, {"": 2}),

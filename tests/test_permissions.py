@@ -222,6 +222,7 @@ def test_rows_that_are_not_compared_are_no_leaves_of_a_td() -> None:
     }
     assert rest - leaves == {
         ("keys", "another_module_makes_a_key"),
+        ("bindings", "build_service_td"),  # Of the service TD.
         ("guest pages", "new_destination"),
         *((name, row) for name in LOCKS for row in TAKES_LOCKS[name]),
     }

@@ -17,7 +17,7 @@ EXCHANGE = (
     "begin with the keys that it writes"
 )
 POLICY = "policies and measurements are evaluated by MigTD, of which the models have only the keys"
-BINDING = "the binding table of a TD, with slots, UUIDs and hashes of service TDs, is in no model"
+BINDING = "the models have one TD for each service TD, and none can mistake its target"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,5 +41,4 @@ NOT_STATED = (
     NotStated("P36", "Each message of an exchange takes effect at most once.", EXCHANGE),
     NotStated("P37", "Keys are written to the TD they were meant for.", BINDING),
     NotStated("P38", "Keys are released only if both policies accept.", POLICY),
-    NotStated("P39", "The binding to a service TD does not change on the way.", BINDING),
 )
