@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from agreement import agree, as_arrays, as_lists, copied, outcome, random_parameters
 from random_models import (
     CELL,
     COLOUR,
@@ -31,7 +32,6 @@ from random_models import (
 from tdxmig_model.compile import Compiled
 from tdxmig_model.errors import ModelError, Refused, UsageError
 from tdxmig_model.expr import (
-    BOOL,
     INT,
     Assign,
     Instance,
@@ -60,68 +60,6 @@ from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.lifecycle import LIFECYCLE
 
 
-def random_parameters(row: Step, instance: Instance, chance: random.Random) -> dict[str, Any]:
-    choices = {p.name: chance.choice(instance.domain(p.kind)) for p in row.params}
-    return {
-        p.name: bool(choices[p.name]) if p.kind == BOOL else choices[p.name] for p in row.params
-    }
-
-
-def copied(state: list[Any]) -> list[Any]:
-    return [v.copy() if hasattr(v, "copy") else v for v in state]
-
-
-def as_arrays(state: list[Any]) -> list[Any]:
-    return [np.array(v) if isinstance(v, list) else v for v in state]
-
-
-def as_lists(state: list[Any]) -> list[Any]:
-    return [v.tolist() if isinstance(v, np.ndarray) else v for v in state]
-
-
-def outcome(function: Any, *arguments: Any) -> Any:
-    """The value, or the kind of exception: a read outside a map is one in both."""
-    try:
-        return function(*arguments)
-    except IndexError:
-        return IndexError
-
-
-def agree(system: System, instance: Instance, rounds: int, seed: int) -> dict[bool, int]:
-    """Compare every step of a system with the interpreter in random states."""
-    chance = random.Random(seed)
-    interpreter = Interpreter(system, instance)
-    compiled = Compiled(system, instance)
-    seen = {True: 0, False: 0}
-    for row in system.steps:
-        for _ in range(rounds):
-            state = random_state(system, instance, chance)
-            params = random_parameters(row, instance, chance)
-            values = tuple(params.values())
-            expected = outcome(interpreter.enabled, row, state, params)
-            for layout in (copied(state), as_arrays(state)):
-                held = outcome(compiled.guard(row.name), layout, *values)
-                assert held is expected, (row.name, state, params)
-            if expected is IndexError:
-                continue
-            seen[expected] += 1
-            unmet = outcome(compiled.unmet, row.name, state, *values)
-            if unmet is not IndexError:
-                wanted = [
-                    n.label for n in row.when if not interpreter.value(n.formula, state, params)
-                ]
-                assert [u.label for u in unmet] == wanted
-            after = outcome(interpreter.apply, row, state, params)
-            for layout in (copied(state), as_arrays(state)):
-                result = outcome(compiled.apply(row.name), layout, *values)
-                if after is IndexError:
-                    assert result is IndexError
-                    continue
-                assert as_lists(layout) == after, (row.name, state, params)
-                assert all(type(v) in (int, bool, list, np.ndarray) for v in layout)
-    return seen
-
-
 @pytest.mark.parametrize("seed", range(12))
 def test_random_steps_mean_what_the_interpreter_says(seed: int) -> None:
     terms = Terms(seed, wander=seed % 2 == 1)
@@ -129,18 +67,6 @@ def test_random_steps_mean_what_the_interpreter_says(seed: int) -> None:
     seen = agree(system, Instance.small(system, SIZES), 12, seed)
     assert seen[True] > 20
     assert seen[False] > 20
-
-
-@pytest.mark.parametrize("profile", ["hardened", "tdx-1.5.01"])
-@pytest.mark.parametrize("model", [LIFECYCLE, LEAF], ids=["lifecycle", "leaf"])
-def test_every_step_of_the_models_means_what_the_interpreter_says(
-    model: System, profile: str
-) -> None:
-    system = model.under(profile)
-    sizes = {"Page": 3, "Stream": 2, "Vcpu": 2, "Message": 5, "Epoch": 4}
-    seen = agree(system, Instance.small(system, sizes), 40, 1)
-    assert seen[True] > 100
-    assert seen[False] > 100
 
 
 @pytest.mark.parametrize("model", [LIFECYCLE, LEAF], ids=["lifecycle", "leaf"])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from random_models import VARIABLES, Terms
+from reference import BoundedInterpreter, Reference, frozen, thawed
 
 from tdxmig_model import cli
 from tdxmig_model.errors import ModelError
@@ -25,7 +25,6 @@ from tdxmig_model.expr import (
     Node,
     Step,
     System,
-    Variable,
     all_of,
     any_of,
     choose,
@@ -46,103 +45,6 @@ from tdxmig_model.expr.finite import ceilings
 from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.lifecycle import LIFECYCLE
 from tdxmig_model.model.words import PROFILES
-
-# --- an independent search: the interpreter over maps that refuse positions outside --------------
-
-
-class Bounded(list[Any]):
-    """A map that has no element before the first or after the last."""
-
-    def __getitem__(self, place: Any) -> Any:
-        if not 0 <= place < len(self):
-            raise IndexError(place)
-        return super().__getitem__(place)
-
-    def __setitem__(self, place: Any, value: Any) -> None:
-        if not 0 <= place < len(self):
-            raise IndexError(place)
-        super().__setitem__(place, value)
-
-
-class BoundedInterpreter(Interpreter):
-    """The interpreter, whose maps stay bounded."""
-
-    def apply(self, step: Step, state: Any, env: Mapping[str, Any]) -> list[Any]:
-        after = [Bounded(v) if isinstance(v, list) else v for v in state]
-        for assign in step.then:
-            slot = self.slots[assign.target.name]
-            if isinstance(assign.target, Variable):
-                after[slot] = self.value(assign.value, state, env)
-            elif assign.bound:
-                for choice in self._choices(assign.bound):
-                    keys = [int(choice[b.name]) for b in assign.bound]
-                    value = self.value(assign.value, state, {**env, **choice})
-                    after[slot][self.offset(assign.target, keys)] = value
-            else:
-                keys = [int(self.value(k, state, env)) for k in assign.keys]
-                for key, kind in zip(keys, assign.target.indexes, strict=True):
-                    if not 0 <= key < self.instance.bounded(kind):
-                        raise IndexError(key)
-                value = self.value(assign.value, state, env)
-                after[slot][self.offset(assign.target, keys)] = value
-        return after
-
-
-def frozen(state: list[Any]) -> tuple[Any, ...]:
-    return tuple(tuple(v) if isinstance(v, list) else v for v in state)
-
-
-def thawed(state: tuple[Any, ...]) -> list[Any]:
-    return [Bounded(v) if isinstance(v, tuple) else v for v in state]
-
-
-def within(system: System, limits: Mapping[str, int], state: list[Any]) -> bool:
-    for slot, variable in enumerate(system.variables):
-        if variable.name in limits:
-            values = state[slot] if isinstance(state[slot], list) else [state[slot]]
-            if any(abs(v) > limits[variable.name] for v in values):
-                return False
-    return True
-
-
-class Reference:
-    """States by level, transitions and clipped steps, found with the interpreter alone."""
-
-    def __init__(self, system: System, instance: Instance, ceiling: Any = None) -> None:
-        self.system = system
-        self.interpreter = BoundedInterpreter(system, instance)
-        self.limits = ceilings(system, instance, ceiling)
-        self.transitions = self.clipped = 0
-        self.distance = {frozen(initial_state(system, instance)): 0}
-        self.taken: set[str] = set()
-        frontier = list(self.distance)
-        depth = 0
-        while frontier:
-            depth += 1
-            reached = []
-            for state in frontier:
-                for name, after in self.successors(thawed(state)):
-                    self.taken.add(name)
-                    self.transitions += 1
-                    if frozen(after) not in self.distance:
-                        self.distance[frozen(after)] = depth
-                        reached.append(frozen(after))
-            frontier = reached
-
-    def successors(self, state: list[Any]) -> Iterator[tuple[str, list[Any]]]:
-        for row in self.system.steps:
-            for params in self.interpreter.choices(row):
-                try:
-                    if not self.interpreter.enabled(row, state, params):
-                        continue
-                    after = self.interpreter.apply(row, state, params)
-                except IndexError:
-                    self.clipped += 1
-                    continue
-                if within(self.system, self.limits, after):
-                    yield row.name, after
-                else:
-                    self.clipped += 1
 
 
 def compare(system: System, instance: Instance, ceiling: Any = None) -> Reference:

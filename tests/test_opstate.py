@@ -1,12 +1,14 @@
-"""Does the leaf model allow in each OP_STATE and Secure EPT state what the published tables say?"""
+"""Do the leaf model's leaves, diagrams and entry states agree with the published tables?
+
+That each single row does is the matter of test_permissions.py.
+"""
 
 from __future__ import annotations
 
-import csv
 import re
-from pathlib import Path
 
 import pytest
+from permission_tables import ENTRIES, entries, published, table
 
 from tdxmig_model.expr import (
     Instance,
@@ -24,21 +26,12 @@ from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.words import HARDENED, OP_STATE, SEPT
 from tdxmig_model.project import edges
 
-SPECS = Path(__file__).resolve().parent.parent / "specs"
 SIDES = ("source", "destination")
 SYSTEM = LEAF.under(HARDENED)
 INSTANCE = Instance.small(SYSTEM, {i.name: 1 for i in SYSTEM.indexes()})
 INTERPRETER = Interpreter(SYSTEM, INSTANCE)
 
-
-def table(name: str) -> list[dict[str, str]]:
-    with (SPECS / name).open(newline="") as opened:
-        return list(csv.DictReader(opened))
-
-
-OP_STATES = {row["leaf_name"]: row for row in table("op_state.csv")}
-TDCALLS = {row["leaf_name"]: row for row in table("op_state_other.csv")}
-ENTRIES = table("sept_state.csv")
+HOST_LEAVES = {row["leaf_name"] for row in table("op_state.csv")}
 
 # Leaves of the table that no row of the model takes: they build a TD, its Secure EPT and its vCPUs,
 # read and write metadata, or bind a service TD.
@@ -58,10 +51,6 @@ def leaf_of(step: Step) -> str | None:
     return cited[1] if cited else None
 
 
-def rows_of(leaf: str, side: str) -> list[Step]:
-    return [step for step in SYSTEM.of_actor(side) if leaf_of(step) == leaf]
-
-
 MODELLED = sorted(
     {(leaf, side) for side in SIDES for s in SYSTEM.of_actor(side) if (leaf := leaf_of(s))}
 )
@@ -74,40 +63,6 @@ def variable(side: str) -> Variable:
     found = SYSTEM.variable(f"{side}_op_state")
     assert isinstance(found, Variable)
     return found
-
-
-def conjunct_holds_in(step: Step) -> set[str]:
-    """The OP_STATEs in which the conjunct that is named after them holds; all without one."""
-    needs = [n for n in step.when if n.label == "op_state"]
-    state = initial_state(SYSTEM, INSTANCE)
-    slot = INTERPRETER.slots[f"{step.actor}_op_state"]
-    found = set()
-    for number, name in enumerate(OP_STATE.members):
-        state[slot] = number
-        if all(INTERPRETER.value(n.formula, state, {}) for n in needs):
-            found.add(name)
-    return found
-
-
-def published(leaf: str) -> set[str]:
-    row = OP_STATES.get(leaf) or TDCALLS[leaf]
-    return {name for name in OP_STATE.members if row[name] == "1"}
-
-
-@pytest.mark.parametrize(("leaf", "side"), MODELLED)
-def test_a_leaf_is_allowed_in_the_published_op_states(leaf: str, side: str) -> None:
-    steps = [step for step in rows_of(leaf, side) if any(n.label == "op_state" for n in step.when)]
-    assert steps
-    ours = set().union(*(conjunct_holds_in(step) for step in steps))
-    for name in OP_STATE.members:
-        assert (name in ours) == (name in published(leaf)), f"{leaf} in {name}"
-
-
-@pytest.mark.parametrize(("leaf", "side"), MODELLED)
-def test_no_row_goes_beyond_its_leaf(leaf: str, side: str) -> None:
-    for step in rows_of(leaf, side):
-        if any(n.label == "op_state" for n in step.when):
-            assert conjunct_holds_in(step) <= published(leaf), step.name
 
 
 def test_only_the_exits_of_vp_enter_have_a_leaf_and_ask_for_no_op_state() -> None:
@@ -132,8 +87,8 @@ def test_the_projection_lets_a_leaf_start_where_its_table_row_does(side: str) ->
 
 def test_the_other_leaves_of_the_table_are_listed() -> None:
     modelled = {leaf for leaf, _ in MODELLED}
-    assert modelled - OP_STATES.keys() == {"TDG.SERVTD.WR"}
-    assert OP_STATES.keys() - modelled == NOT_MODELLED
+    assert modelled - HOST_LEAVES == {"TDG.SERVTD.WR"}
+    assert HOST_LEAVES - modelled == NOT_MODELLED
 
 
 def test_a_guest_runs_where_vp_enter_is_allowed_and_nowhere_else() -> None:
@@ -175,11 +130,6 @@ def accepted_anywhere(*steps: str) -> set[str]:
     return set().union(*(accepted(s, o) for s in steps for o in OP_STATE.members))
 
 
-def entries(*columns: str) -> set[str]:
-    """The entry states with a 1 in every one of these columns."""
-    return {row["state"] for row in ENTRIES if all(row[column] == "1" for column in columns)}
-
-
 EXPORT_ENTRIES = (
     "export_mem_migrate",
     "export_mem_remigrate",
@@ -209,48 +159,6 @@ def test_a_leaf_accepts_the_published_entry_states(column: str, steps: tuple[str
     ours = accepted_anywhere(*steps)
     for name in SEPT.members:
         assert (name in ours) == (name in entries(column)), f"{column} on {name}"
-
-
-@pytest.mark.parametrize(
-    ("step", "op_state", "columns"),
-    [
-        ("export_mem_migrate", "LIVE_EXPORT", ("first_time_export_allowed", "live_export_allowed")),
-        ("export_mem_remigrate", "LIVE_EXPORT", ("re_export_allowed", "live_export_allowed")),
-        ("export_mem_cancel", "LIVE_EXPORT", ("export_cancel_allowed",)),
-        (
-            "export_mem_migrate",
-            "PAUSED_EXPORT",
-            ("first_time_export_allowed", "paused_export_allowed"),
-        ),
-        ("export_mem_remigrate", "PAUSED_EXPORT", ("re_export_allowed", "paused_export_allowed")),
-        ("export_mem_cancel", "PAUSED_EXPORT", ("export_cancel_allowed",)),
-        ("export_mem_out_of_order", "POST_EXPORT", ("paused_export_allowed",)),
-        ("import_mem_migrate", "MEMORY_IMPORT", ("first_time_import_allowed",)),
-        ("import_mem_migrate", "LIVE_IMPORT", ("first_time_import_allowed",)),
-        ("import_mem_remigrate", "STATE_IMPORT", ("re_import_allowed",)),
-        ("import_mem_cancel", "STATE_IMPORT", ("import_cancel_allowed",)),
-    ],
-)
-def test_a_kind_of_entry_accepts_what_its_flags_say(
-    step: str, op_state: str, columns: tuple[str, ...]
-) -> None:
-    assert accepted(step, op_state) == entries(*columns)
-
-
-@pytest.mark.parametrize(
-    ("step", "op_states"),
-    [
-        ("export_mem_migrate", {"LIVE_EXPORT", "PAUSED_EXPORT"}),
-        ("export_mem_remigrate", {"LIVE_EXPORT", "PAUSED_EXPORT"}),
-        ("export_mem_cancel", {"LIVE_EXPORT", "PAUSED_EXPORT"}),
-        ("export_mem_out_of_order", {"POST_EXPORT"}),
-        ("import_mem_migrate", {"MEMORY_IMPORT", "STATE_IMPORT", "POST_IMPORT", "LIVE_IMPORT"}),
-        ("import_mem_remigrate", {"MEMORY_IMPORT", "STATE_IMPORT"}),
-        ("import_mem_cancel", {"MEMORY_IMPORT", "STATE_IMPORT"}),
-    ],
-)
-def test_only_a_first_migration_may_be_out_of_order(step: str, op_states: set[str]) -> None:
-    assert {name for name in OP_STATE.members if accepted(step, name)} == op_states
 
 
 def test_named_sets_of_entry_states_are_the_published_flags() -> None:

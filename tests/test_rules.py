@@ -12,6 +12,7 @@ import pytest
 
 from tdxmig_model.backend.soft.module import PROFILES as MODULE_PROFILES
 from tdxmig_model.expr import Instance, Interpreter, Property, System, initial_state
+from tdxmig_model.model.paths import PATHS
 from tdxmig_model.model.systems import SYSTEMS
 from tdxmig_model.model.words import (
     HARDENED,
@@ -26,10 +27,12 @@ from tdxmig_model.model.words import (
     REPAIRS as NAMES,
 )
 from tdxmig_model.verify import widths
+from tdxmig_model.verify.scope import NOT_STATED
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOFT = REPOSITORY / "tdxmig_model" / "backend" / "soft"
-RULES = tomllib.loads((REPOSITORY / "specs" / "rules.toml").read_text())["rule"]
+_RULES_FILE = tomllib.loads((REPOSITORY / "specs" / "rules.toml").read_text())
+RULES = _RULES_FILE["rule"]
 _REPAIRS_FILE = tomllib.loads((REPOSITORY / "specs" / "repairs.toml").read_text())
 REPAIRS = _REPAIRS_FILE["repair"]
 DEMONSTRATIONS = _REPAIRS_FILE["demonstration"]
@@ -53,6 +56,26 @@ def test_every_rule_is_a_property_and_every_property_a_rule() -> None:
     ids = [rule["id"] for rule in RULES]
     assert len(set(ids)) == len(ids)
     assert set(ids) == set(CLAIMED)
+
+
+def test_every_property_of_the_threat_model_is_stated_or_listed_with_the_reason() -> None:
+    listed_ids = [entry["id"] for entry in _RULES_FILE["not_stated"]]
+    stated = [*CLAIMED, *widths.SENTENCES, *(path.identifier for path in PATHS)]
+    assert not set(listed_ids) & set(stated)
+    numbered = {name for name in (*listed_ids, *stated) if name.startswith("P")}
+    assert numbered == {f"P{number}" for number in range(1, 51)}
+
+
+def test_what_is_not_stated_is_told_as_it_is_listed() -> None:
+    told = [claim.as_json() for claim in NOT_STATED]
+    assert told == _RULES_FILE["not_stated"]
+    for claim in told:
+        assert claim["sentence"].endswith(".")
+        assert len(claim["reason"]) > 40
+
+
+def test_widths_state_what_no_model_does() -> None:
+    assert set(widths.SENTENCES) - CLAIMED.keys() == {"P24", "P26", "P49"}
 
 
 def test_lemmas_and_rules_are_told_apart_by_their_level() -> None:

@@ -16,6 +16,7 @@ from tdxmig_model.errors import UsageError
 from tdxmig_model.expr import Instance
 from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.words import HARDENED, PROFILES, TDX_1_5_01
+from tdxmig_model.verify.scope import NOT_STATED, NotStated
 
 SPECS = Path(__file__).resolve().parent.parent / "specs"
 
@@ -46,6 +47,7 @@ _KINDS = {
     **{f"{s.name} {w}": ("property",) for s in SYSTEMS for w in ("properties", "lemmas")},
     "widths properties": ("property",),
     "liveness properties": ("property",),
+    "properties that are not stated": ("not stated",),
     "OP_STATEs": ("state",),
     "source phases": ("state",),
     "destination phases": ("state",),
@@ -256,6 +258,17 @@ def test_a_leaf_is_found_by_name_and_by_number(
         "import_start_token",
     ]
     assert leaf["kvm"] == ["KVM_TDX_MIG_IMPORT_TRACK"]
+
+
+@pytest.mark.parametrize("claim", NOT_STATED, ids=lambda claim: claim.identifier)
+def test_a_property_that_is_not_stated_says_why(
+    claim: NotStated, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (item,) = found(capsys, claim.identifier)
+    assert (item["kind"], item["reason"]) == ("not stated", claim.reason)
+    text = " ".join(shown(capsys, claim.identifier.lower()).split())
+    assert f"property {claim.identifier} says {claim.sentence}" in text
+    assert f"not stated because {claim.reason}" in text
 
 
 # --- profiles and status codes -------------------------------------------------------------------

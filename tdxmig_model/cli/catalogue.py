@@ -23,6 +23,7 @@ from tdxmig_model.model.systems import SYSTEMS as ALL_SYSTEMS
 from tdxmig_model.model.words import HARDENED, PROFILES
 from tdxmig_model.project import Edge, edges
 from tdxmig_model.verify import widths
+from tdxmig_model.verify.scope import NOT_STATED
 
 Item = dict[str, Any]
 
@@ -69,6 +70,7 @@ def listing() -> dict[str, list[str]]:
         lists[f"{system.name} goals"] = [g.identifier for g in system.goals]
     lists[f"{widths.WIDTHS} properties"] = list(widths.SENTENCES)
     lists["liveness properties"] = [path.identifier for path in PATHS]
+    lists["properties that are not stated"] = [claim.identifier for claim in NOT_STATED]
     lists["OP_STATEs"] = list(_members(*STATES[0][:2]))
     lists["source phases"] = list(_members(*STATES[2][:2]))
     lists["destination phases"] = list(_members(*STATES[3][:2]))
@@ -161,6 +163,14 @@ def _properties(name: str, _profile: str) -> Iterator[Item]:
     for path in PATHS:
         if path.identifier.lower() == name.lower():
             yield _property_of_paths(path)
+    for claim in NOT_STATED:
+        if claim.identifier.lower() == name.lower():
+            yield {
+                "kind": "not stated",
+                "name": claim.identifier,
+                "sentence": claim.sentence,
+                "reason": claim.reason,
+            }
 
 
 def _property_of_paths(path: Path) -> Item:

@@ -146,6 +146,12 @@ def _property(item: Item) -> Iterator[str]:
         yield from _listed("guards", (f"{g['step']}, {_need_line(g)}" for g in item["guards"]))
 
 
+def _not_stated(item: Item) -> Iterator[str]:
+    yield f"property {item['name']}"
+    yield _field("says", item["sentence"])
+    yield _field("formula", f"not stated because {item['reason']}")
+
+
 def _goal(item: Item) -> Iterator[str]:
     yield f"goal {item['name']}"
     yield _field("model", item["model"])
@@ -200,6 +206,7 @@ def _status(item: Item) -> Iterator[str]:
 _TEXT = {
     "step": _step,
     "property": _property,
+    "not stated": _not_stated,
     "goal": _goal,
     "state": _state,
     "leaf": _leaf,

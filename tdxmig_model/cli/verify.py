@@ -21,7 +21,7 @@ from tdxmig_model.smt.induction import Query
 from tdxmig_model.verify import Mutant, Report, Row, every, listed, mutants, verify, verify_widths
 from tdxmig_model.verify.liveness import identifiers, liveness
 from tdxmig_model.verify.mutants import Deletion
-from tdxmig_model.verify.scope import not_stated
+from tdxmig_model.verify.scope import NOT_STATED
 from tdxmig_model.verify.widths import SENTENCES
 
 if TYPE_CHECKING:
@@ -312,7 +312,7 @@ def reports_as_json(
         "assumptions": [
             {"text": text, "models": models} for text, models in _assumptions(reports).items()
         ],
-        "not_stated": [p.as_json() for p in not_stated(_stated())],
+        "not_stated": [p.as_json() for p in NOT_STATED],
         **({} if again is None else {"replays": [r.as_json() for r in again]}),
     }
 
@@ -342,10 +342,6 @@ def mutants_as_json(profile: str, found: Sequence[Mutant], *, named: bool) -> di
         "contract_only": outcomes["contract-only"],
         "survivors": outcomes["survivor"],
     }
-
-
-def _stated() -> list[str]:
-    return [*(p.identifier for s in SYSTEMS for p in s.properties), *SENTENCES, *identifiers()]
 
 
 def _coloured(word: str) -> str:
@@ -416,7 +412,7 @@ def _classified(row: Row) -> str:
 def _not_stated_text() -> str:
     """One line for each reason, with the properties that are not stated because of it."""
     by_reason: dict[str, list[str]] = {}
-    for claim in not_stated(_stated()):
+    for claim in NOT_STATED:
         by_reason.setdefault(claim.reason, []).append(claim.identifier)
     lines = (f"  {', '.join(names)}: {reason}" for reason, names in by_reason.items())
     return "\n".join(["Neither proved nor refuted, because the models do not state it:", *lines])

@@ -7,6 +7,7 @@ has a disjunction: TLC takes the step once for each side that holds.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from tdxmig_model.errors import ModelError
@@ -58,7 +59,7 @@ RESERVED = frozenset(
 
 def module_name(system: System) -> str:
     """The name of the TLA+ module, and of its file."""
-    return "".join(part.capitalize() for part in system.name.replace("-", "_").split("_"))
+    return "".join(part.capitalize() for part in re.split("[^A-Za-z0-9]+", system.name))
 
 
 def tla(system: System, instance: Instance, ceiling: int | Mapping[str, int] | None = None) -> str:
