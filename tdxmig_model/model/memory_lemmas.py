@@ -468,12 +468,13 @@ DESTINATION_LEMMAS = (
                     x.late_imports[p].eq(0),
                 ),
                 implies(
-                    all_of(after_start, x.late_imports[p].ge(1)), d.page[p].in_(MAPPED, PENDING)
+                    all_of(after_start, x.late_imports[p].ge(1)),
+                    all_of(d.page[p].in_(MAPPED, PENDING), d.page_epoch[p].eq(d.mig_epoch)),
                 ),
             ),
             lambda p: x.late_imports[p],
         ),
-        "A page that came after the start token is there.",
+        "A page that came after the start token is there, and of the start epoch.",
         "lemma",
     ),
 )
