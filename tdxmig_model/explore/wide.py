@@ -25,6 +25,9 @@ Hashes = NDArray[np.uint64]
 CHUNK = 1 << 16
 """How many states are expanded at once."""
 
+SPREAD = np.uint64(0x9E3779B97F4A7C15)
+"""An odd factor whose product has all bits of a hash in its highest ones (Fibonacci hashing)."""
+
 
 class HashSet:
     """A set of 64-bit hashes that are not 0, with open addressing."""
@@ -48,8 +51,9 @@ class HashSet:
 
     def _insert(self, hashes: Hashes) -> NDArray[np.bool_]:
         new = np.zeros(len(hashes), bool)
+        bits = len(self._slots).bit_length() - 1
         last = np.uint64(len(self._slots) - 1)
-        places = (hashes >> np.uint64(20)) & last
+        places = (hashes * SPREAD) >> np.uint64(64 - bits)
         waiting = np.arange(len(hashes))
         while len(waiting):
             wanted, at = hashes[waiting], places[waiting]
