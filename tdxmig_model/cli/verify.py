@@ -129,8 +129,7 @@ def command(
             output.emit_json(mutants_as_json(profile, found, named=bool(deletions)))
         else:
             rows.end(found, stories=bool(deletions))
-        bad = ("killed", "survivor") if deletions else ("survivor",)
-        ctx.exit(1 if any(m.outcome in bad for m in found) else 0)
+        ctx.exit(1 if _amiss(found, named=bool(deletions)) else 0)
     reports = _reports(profile, properties, jobs, seed)
     again = replays(profile, reports) if replaying else None
     if as_json:
@@ -247,10 +246,31 @@ def _mutants(
                 rows.row(mutant)
 
         for system in SYSTEMS:
-            pairs = chosen.get(system.name)
+            wanted = chosen.get(system.name, [])
+            pairs = _undecided(system, wanted, found)
+            total -= len(wanted) - len(pairs)
             if pairs:
                 found += mutants(system, profile, pairs, seed=seed, jobs=jobs, progress=tick)
     return found
+
+
+def _amiss(found: Sequence[Mutant], *, named: bool) -> bool:
+    """Whether a guard survived in every model that it was deleted from; if named, or was killed."""
+    killed = {m.deletion for m in found if m.outcome == "killed"}
+    survived = [m for m in found if m.outcome == "survivor"]
+    return (named and bool(killed)) or any(m.target or m.deletion not in killed for m in survived)
+
+
+def _undecided(system: System, pairs: Chosen, found: Sequence[Mutant]) -> Chosen:
+    """What is left to judge: not what the smaller model has shown to be needed already.
+
+    A run of the smaller model is one of the larger.  That a property lists the conjunct is judged
+    for that property.
+    """
+    if system.base is None:
+        return pairs
+    killed = {m.deletion for m in found if m.model == system.base.name and m.outcome == "killed"}
+    return [(d, target) for d, target in pairs if target is not None or d not in killed]
 
 
 def _deletion(
@@ -426,7 +446,7 @@ class _MutantRows:
         self._width = max(map(len, guards))
         self._models = max(map(len, ("model", *chosen)))
         self._told: list[Mutant] = []
-        click.echo(f"{len(guards)} guards of profile {profile}")
+        click.echo(f"up to {len(guards)} deletions under profile {profile}")
         self._line("model", "guard", "of", "outcome", "breaks", "depth", "ms")
 
     def _line(
