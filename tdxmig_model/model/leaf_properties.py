@@ -24,6 +24,7 @@ from tdxmig_model.model.words import (
     MESSAGE,
     MUTABLE_TD_STATE,
     MUTABLE_VCPU_STATE,
+    PAGE,
     PAUSED_EXPORT,
     POST_EXPORT,
     RUNNABLE,
@@ -251,6 +252,16 @@ LEMMAS = (
             ),
         ),
         "The log is empty until the observed session begins; it lasts while exporting.",
+        "lemma",
+    ),
+    Property(
+        "source_pages",
+        forall(
+            {"p": PAGE},
+            lambda p: s.page[p].in_(*s.FIRST_TIME, *s.EXPORTED),
+            lambda p: (s.page[p],),
+        ),
+        "Nothing in this model removes a page of the source, or blocks it for reading.",
         "lemma",
     ),
     Property(
