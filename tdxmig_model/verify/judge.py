@@ -233,7 +233,7 @@ def phased(system: System, instance: Instance, formula: Node, box: Mapping[str, 
             ceiling=ceiling(instance),
             box=box,
             slack=slack,
-            limit=PHASED_STATES,
+            limit=limit,
         )
         if found.trace is not None:
             moves = [(s.step, s.params) for s in found.trace]

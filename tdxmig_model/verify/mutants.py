@@ -25,6 +25,7 @@ from tdxmig_model.smt.z3api import Answer
 from tdxmig_model.story import Story, tell
 from tdxmig_model.verify.judge import (
     LARGER,
+    PHASED_STATES,
     SMALL,
     Verdict,
     ceiling,
@@ -47,6 +48,9 @@ The models know no implementation, so whoever starts a campaign may bring one.
 UNCHANGED = "induction without the conjunct"
 STATES = 100_000
 DIRECTED_STATES = 5_000
+UNAIMED_STATES = 2_000_000
+"""How many states a search in phases visits where no property lists the conjunct."""
+
 DEPTH = 16
 """How many steps bounded checking looks ahead."""
 
@@ -247,7 +251,7 @@ def judge_deletion(
     unproved += [p for p in claims if not induction.proves(p.identifier)]
     # The target first; what else the conjunct protects counts as well.
     doubtful = [p for p in aimed if p in unproved]
-    run = hunt.phased(doubtful)
+    run = hunt.phased(doubtful, UNAIMED_STATES if target is None else PHASED_STATES)
     if run is not None:
         return done("killed", "search in phases", run)
     run = hunt.bounded(doubtful, depth)
@@ -356,13 +360,13 @@ class _Hunt:
                 return run
         return None
 
-    def phased(self, claims: Sequence[Property]) -> Run | None:
+    def phased(self, claims: Sequence[Property], limit: int) -> Run | None:
         """A run of a small instance that breaks some claim, one actor after the other."""
         if not claims:
             return None
         for instance in (self.small, self.two_streams):
             formula = inside(_any_false(claims), instance)
-            run = phased(self.mutant, instance, formula, witness_box(self.part))
+            run = phased(self.mutant, instance, formula, witness_box(self.part), limit)
             if run is not None:
                 return run
         return None
