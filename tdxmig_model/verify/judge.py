@@ -223,7 +223,13 @@ def witness_box(system: System) -> Mapping[str, int]:
     return box_of(system, (run.states for run in found.runs.values()))
 
 
-def phased(system: System, instance: Instance, formula: Node, box: Mapping[str, int]) -> Run | None:
+def phased(
+    system: System,
+    instance: Instance,
+    formula: Node,
+    box: Mapping[str, int],
+    limit: int = PHASED_STATES,
+) -> Run | None:
     """A run that the search in phases finds, replayed and shortened."""
     for slack in SLACKS:
         found = in_phases(
