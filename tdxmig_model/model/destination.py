@@ -13,6 +13,7 @@ from tdxmig_model.expr import (
     INT,
     Literal,
     Need,
+    Node,
     Size,
     all_of,
     any_of,
@@ -114,23 +115,28 @@ def _in(*states: Literal) -> Need:
     return need("op_state", op_state.in_(*states))
 
 
+def _header(formula: Node) -> Node:
+    """What an MBMD says, of a bundle that was sent; an MBMD of nobody says what its maker likes."""
+    return any_of(m.ge(network.log_length), formula)
+
+
 def _bundle(kind: Literal) -> tuple[Need, ...]:
     """The MBMD's MAC verifies (the bundle was sent under this session's key) and its type fits."""
     return (
         need("mbmd_mac", m.lt(network.log_length)),
-        need("mb_type", network.log_kind[m].eq(kind)),
+        need("mb_type", _header(network.log_kind[m].eq(kind))),
     )
 
 
-_counter = need("mb_counter", network.log_counter[m].eq(expected_mb_counter[i]))
-_counter_0 = need("mb_counter", network.log_counter[m].eq(expected_mb_counter[0]))
-_stream = need("migs_index", network.log_stream[m].eq(i))
-_stream_0 = need("migs_index", network.log_stream[m].eq(0))
-_epoch = need("mig_epoch", network.log_epoch[m].eq(mig_epoch))
+_counter = need("mb_counter", _header(network.log_counter[m].eq(expected_mb_counter[i])))
+_counter_0 = need("mb_counter", _header(network.log_counter[m].eq(expected_mb_counter[0])))
+_stream = need("migs_index", _header(network.log_stream[m].eq(i)))
+_stream_0 = need("migs_index", _header(network.log_stream[m].eq(0)))
+_epoch = need("mig_epoch", _header(network.log_epoch[m].eq(mig_epoch)))
 _token = (
-    need("token_counter", network.log_counter[m].eq(0)),
-    need("mig_epoch", network.log_epoch[m].gt(mig_epoch)),
-    need("total_mb", network.log_total[m].eq(total_mb_count + 1)),
+    need("token_counter", _header(network.log_counter[m].eq(0))),
+    need("mig_epoch", _header(network.log_epoch[m].gt(mig_epoch))),
+    need("total_mb", _header(network.log_total[m].eq(total_mb_count + 1))),
 )
 _entry = (
     _in(MEMORY_IMPORT, STATE_IMPORT, POST_IMPORT, LIVE_IMPORT),
@@ -169,8 +175,8 @@ STEPS = (
             need("min_migs", num_migs.ge(2)),
             need("mig_dec_key_set", key_set),
             *_bundle(IMMUTABLE_TD_STATE),
-            need("mig_epoch", network.log_epoch[m].eq(0)),
-            need("mb_counter", network.log_counter[m].eq(0)),
+            need("mig_epoch", _header(network.log_epoch[m].eq(0))),
+            need("mb_counter", _header(network.log_counter[m].eq(0))),
         ),
         then=(
             op_state.to(MEMORY_IMPORT),
@@ -198,7 +204,7 @@ STEPS = (
                 "mb_counter",
                 any_of(
                     op_state.in_(POST_IMPORT, LIVE_IMPORT),
-                    network.log_counter[m].eq(expected_mb_counter[i]),
+                    _header(network.log_counter[m].eq(expected_mb_counter[i])),
                 ),
             ),
         ),
@@ -308,7 +314,7 @@ STEPS = (
         when=(
             _in(MEMORY_IMPORT, STATE_IMPORT),
             *_bundle(EPOCH_TOKEN),
-            need("not_start_token", network.log_epoch[m].ne(START_EPOCH)),
+            need("not_start_token", _header(network.log_epoch[m].ne(START_EPOCH))),
             *_token,
         ),
         then=(
@@ -328,7 +334,7 @@ STEPS = (
         when=(
             _in(MEMORY_IMPORT, STATE_IMPORT),
             *_bundle(EPOCH_TOKEN),
-            need("start_token", network.log_epoch[m].eq(START_EPOCH)),
+            need("start_token", _header(network.log_epoch[m].eq(START_EPOCH))),
             *_token,
             need("all_vcpus", migrated_vcpus.eq(Size(VCPU))),
         ),
