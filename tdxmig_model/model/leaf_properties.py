@@ -217,6 +217,21 @@ PROPERTIES = (
         witness=d.op_state.eq(RUNNABLE),
     ),
     Property(
+        "L38",
+        _every_accepted(lambda m: all_of(m.ge(0), m.lt(n.log_length))),
+        "Nothing is accepted that the source did not send in this session.",
+        "leaf",
+        "MAC of the MBMD under the migration session key",
+        guards=(
+            ("import_state_immutable", "mbmd_mac"),
+            ("import_track", "mbmd_mac"),
+            ("import_track_start", "mbmd_mac"),
+            ("import_state_td", "mbmd_mac"),
+            ("import_state_vp", "mbmd_mac"),
+        ),
+        witness=all_of(d.op_state.eq(RUNNABLE), d.accepted[2]),
+    ),
+    Property(
         "P14",
         all_of(
             s.mig_count.eq(s.exported_pages),
@@ -348,7 +363,6 @@ LEMMAS = (
     Property(
         "accepted",
         all_of(
-            _every_accepted(lambda m: all_of(m.ge(0), m.lt(n.log_length))),
             implies(
                 d.op_state.eq(UNINITIALIZED), forall({"m": MESSAGE}, lambda m: not_(d.accepted[m]))
             ),
