@@ -54,8 +54,8 @@ UNAIMED_STATES = 2_000_000
 DEPTH = 16
 """How many steps bounded checking looks ahead."""
 
-WORK = 30_000_000
-"""z3 resource units for one query."""
+WORK, UNAIMED_WORK = 30_000_000, 3_000_000
+"""z3 resource units for one query, and where no property lists the conjunct."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,7 +237,7 @@ def judge_deletion(
 
     if _still_inductive(part, mutant, seed):
         return done("equivalent", UNCHANGED)
-    hunt = _Hunt(part, mutant, seed)
+    hunt = _Hunt(part, mutant, seed, aimed=target is not None)
     run = hunt.explicitly(aimed, hunt.small)
     if run is not None:
         return done("killed", "explicit search", run)
@@ -251,7 +251,7 @@ def judge_deletion(
     unproved += [p for p in claims if not induction.proves(p.identifier)]
     # The target first; what else the conjunct protects counts as well.
     doubtful = [p for p in aimed if p in unproved]
-    run = hunt.phased(doubtful, UNAIMED_STATES if target is None else PHASED_STATES)
+    run = hunt.phased(doubtful)
     if run is not None:
         return done("killed", "search in phases", run)
     run = hunt.bounded(doubtful, depth)
@@ -322,7 +322,9 @@ def _still_inductive(part: System, mutant: System, seed: int) -> bool:
 class _Hunt:
     """The search for a run to a bad state: breadth first, directed, in phases, then bounded."""
 
-    def __init__(self, part: System, mutant: System, seed: int) -> None:
+    def __init__(self, part: System, mutant: System, seed: int, *, aimed: bool) -> None:
+        self.states = PHASED_STATES if aimed else UNAIMED_STATES
+        self.work = WORK if aimed else UNAIMED_WORK
         self.part = part
         self.mutant = mutant
         self.seed = seed
@@ -360,13 +362,13 @@ class _Hunt:
                 return run
         return None
 
-    def phased(self, claims: Sequence[Property], limit: int) -> Run | None:
+    def phased(self, claims: Sequence[Property]) -> Run | None:
         """A run of a small instance that breaks some claim, one actor after the other."""
         if not claims:
             return None
         for instance in (self.small, self.two_streams):
             formula = inside(_any_false(claims), instance)
-            run = phased(self.mutant, instance, formula, witness_box(self.part), limit)
+            run = phased(self.mutant, instance, formula, witness_box(self.part), self.states)
             if run is not None:
                 return run
         return None
@@ -392,7 +394,7 @@ class _Hunt:
                     depth=max(limit, 1),
                     refuted=refuted.get(key, -1),
                     seed=self.seed,
-                    work=WORK,
+                    work=self.work,
                 )
                 if found.run is not None:
                     return found.run
