@@ -343,6 +343,7 @@ LEMMAS = (
                     all_of(leaf[p].eq(IMPORT_CONTROL), holds_tdr[p].eq(SHARED)),
                     all_of(stage[p].eq(HAS_LINK), leaf[p].ne(IMPORT_MEM)),
                     all_of(stage[p].eq(GUEST), leaf[p].ne(VP_ENTER)),
+                    all_of(leaf[p].eq(VP_ENTER), not_(stage[p].in_(CHECKED, GUEST))),
                 )
             )
         ),
