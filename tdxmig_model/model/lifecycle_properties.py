@@ -376,14 +376,16 @@ LEMMAS = (
             _every_record(
                 lambda m: implies(is_record(m, "TD_STATE"), m.eq(td_position)),
             ),
-            _every_record(
+            forall(
+                {"m": MESSAGE},
                 lambda m: implies(
-                    all_of(_state_sent, m.gt(td_position)),
+                    all_of(_state_sent, m.gt(td_position), m.lt(sent)),
                     any_of(
                         is_record(m, "VCPU_STATE"),
                         all_of(_token_sent, m.ge(epoch_position[START_EPOCH])),
                     ),
-                )
+                ),
+                lambda m: (record_kind[m], vcpu_records.below(m)),
             ),
             implies(
                 _token_sent,
@@ -402,7 +404,7 @@ LEMMAS = (
         "state_taken",
         all_of(
             implies(
-                in_destination("IDLE", "READY", "MEMORY", "STATE"),
+                any_of(received.eq(0), in_destination("IDLE", "READY", "MEMORY", "STATE")),
                 all_of(
                     vcpu_records.below(received).eq(imported_vcpus),
                     any_of(not_(_token_sent), received.le(epoch_position[START_EPOCH])),

@@ -214,7 +214,8 @@ LEMMAS = (
     ),
     Property(
         "lock_leaves",
-        _every(
+        forall(
+            {"p": s.PROCESSOR},
             lambda p: not_(
                 any_of(
                     all_of(s.stage[p].eq(s.IDLE), s.leaf[p].ne(s.EXPORT_MEM)),
@@ -229,7 +230,8 @@ LEMMAS = (
                         s.holds_mig[p].eq(s.EXCLUSIVE), s.holds_op_state[p].ne(s.EXCLUSIVE)
                     ),
                 )
-            )
+            ),
+            lambda p: (s.stage[p], s.leaf[p]),
         ),
         "A call goes only where its leaf goes, and has MIG alone only with OP_STATE alone.",
         "lemma",
