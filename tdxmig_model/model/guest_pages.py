@@ -17,6 +17,7 @@ from tdxmig_model.expr import (
     Property,
     System,
     all_of,
+    any_of,
     choose,
     count,
     enum,
@@ -389,7 +390,13 @@ LEMMAS = (
         forall(
             {"g": PAGE},
             lambda g: implies(
-                all_of(session, destination.ne(RUNNING)),
+                all_of(
+                    session,
+                    any_of(
+                        destination.in_(IDLE, MIGRATING),
+                        all_of(destination.eq(FAILED), not_(given)),
+                    ),
+                ),
                 _one_of(
                     all_of(flying[g].eq(COPY), here[g].eq(EXPORTED_BLOCKEDW)),
                     all_of(flying[g].eq(PENDING_COPY), here[g].eq(PENDING_EXPORTED_BLOCKEDW)),
