@@ -378,6 +378,7 @@ LEMMAS = (
             implies(source.eq(HANDED_OVER), given),
             implies(source.eq(MIGRATING), session),
             source.in_(RUNNING, MIGRATING, HANDED_OVER),
+            destination.in_(IDLE, MIGRATING, RUNNING, FAILED),
             implies(source.eq(RUNNING), not_(session)),
             implies(token, all_of(given, destination.eq(FAILED))),
             implies(destination.eq(RUNNING), given),
