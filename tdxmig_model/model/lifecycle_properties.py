@@ -74,9 +74,9 @@ _source_may_run = any_of(
 )
 
 _importing = in_destination("MEMORY", "STATE", "MAY_COMMIT", "COMMITTED", "ENDED")
-_state_sent = is_record(td_position, "TD_STATE")
-vcpu_records = count("vCPU records", MESSAGE, lambda m: is_record(m, "VCPU_STATE"))
-_token_sent = source_epoch.eq(START_EPOCH)
+_td_state_sent = is_record(td_position, "TD_STATE")
+_vcpu_records = count("vCPU records", MESSAGE, lambda m: is_record(m, "VCPU_STATE"))
+_start_token_sent = source_epoch.eq(START_EPOCH)
 
 PROPERTIES = (
     Property(
@@ -365,36 +365,31 @@ LEMMAS = (
             lambda m: implies(m.ge(sent), is_record(m, "MEMORY")),
             lambda m: (record_kind[m],),
         ),
-        "Where nothing was sent yet there is no token.",
+        "A position to which nothing was sent yet holds no token and no state.",
         "lemma",
     ),
     Property(
         "state_records",
         all_of(
-            vcpu_records.below(sent).eq(exported_vcpus),
-            implies(in_source("IDLE", "READY", "LIVE", "PAUSED"), not_(_state_sent)),
+            _vcpu_records.below(sent).eq(exported_vcpus),
+            implies(in_source("IDLE", "READY", "LIVE", "PAUSED"), not_(_td_state_sent)),
             _every_record(
                 lambda m: implies(is_record(m, "TD_STATE"), m.eq(td_position)),
             ),
             forall(
                 {"m": MESSAGE},
                 lambda m: implies(
-                    all_of(_state_sent, m.gt(td_position), m.lt(sent)),
+                    all_of(_td_state_sent, m.gt(td_position), m.lt(sent)),
                     any_of(
                         is_record(m, "VCPU_STATE"),
-                        all_of(_token_sent, m.ge(epoch_position[START_EPOCH])),
+                        all_of(_start_token_sent, m.ge(epoch_position[START_EPOCH])),
                     ),
                 ),
-                lambda m: (record_kind[m], vcpu_records.below(m)),
+                lambda m: (record_kind[m], _vcpu_records.below(m)),
             ),
             implies(
-                _token_sent,
-                all_of(
-                    epoch_position[START_EPOCH].ge(0),
-                    epoch_position[START_EPOCH].lt(sent),
-                    is_record(epoch_position[START_EPOCH], "START_TOKEN"),
-                    vcpu_records.below(epoch_position[START_EPOCH]).eq(Size(VCPU)),
-                ),
+                _start_token_sent,
+                _vcpu_records.below(epoch_position[START_EPOCH]).eq(Size(VCPU)),
             ),
         ),
         "After the state of the TD comes that of each vCPU, and then the start token.",
@@ -406,8 +401,8 @@ LEMMAS = (
             implies(
                 any_of(received.eq(0), in_destination("IDLE", "READY", "MEMORY", "STATE")),
                 all_of(
-                    vcpu_records.below(received).eq(imported_vcpus),
-                    any_of(not_(_token_sent), received.le(epoch_position[START_EPOCH])),
+                    _vcpu_records.below(received).eq(imported_vcpus),
+                    any_of(not_(_start_token_sent), received.le(epoch_position[START_EPOCH])),
                 ),
             ),
             implies(
@@ -415,7 +410,7 @@ LEMMAS = (
                 all_of(
                     td_position.ge(0),
                     td_position.lt(received),
-                    _state_sent,
+                    _td_state_sent,
                 ),
             ),
         ),

@@ -228,9 +228,7 @@ LEMMAS = (
                         not_(s.leaf[p].in_(*s.MIG_SHARED, *s.MIG_EXCLUSIVE)),
                     ),
                     all_of(s.holds_mig[p].ne(s.NONE), s.leaf[p].in_(*s.TDR_EXCLUSIVE)),
-                    all_of(
-                        s.holds_mig[p].eq(s.EXCLUSIVE), s.holds_op_state[p].ne(s.EXCLUSIVE)
-                    ),
+                    all_of(s.holds_mig[p].eq(s.EXCLUSIVE), s.holds_op_state[p].ne(s.EXCLUSIVE)),
                 )
             ),
             lambda p: (s.stage[p], s.leaf[p]),
