@@ -58,3 +58,11 @@ def test_no_guard_survives_without_an_explanation(name: str) -> None:
 def test_what_forbids_no_run_is_proved_without_it(name: str, step: str, label: str) -> None:
     mutant = BY_NAME[name].under(HARDENED).without(step, label)
     assert prove(mutant, patient=False).failed == {}
+
+
+def test_a_lemma_that_falls_with_a_guard_does_not_make_it_a_survivor() -> None:
+    guard = ("accept_without_page", "phase")
+    system = BY_NAME["guest pages"]
+    assert prove(system.under(HARDENED).without(*guard), patient=False).failed != {}
+    found = mutants(system, HARDENED, [(guard, None)])[0]
+    assert (found.outcome, found.method) == ("equivalent", "induction with a weaker invariant")
