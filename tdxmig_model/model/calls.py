@@ -468,7 +468,7 @@ LEMMAS = (
             implies(_running, stream_ready),
             implies(_running, not_(interrupted)),
             implies(stage.eq(READ), copy.eq(checked)),
-            implies(_running, any_of(counts, leaf.eq(EXPORT_MEM))),
+            any_of(counts, leaf.eq(EXPORT_MEM)),
             implies(all_of(_live_record, saved_leaf.ne(EXPORT_MEM)), saved_counts),
         ),
         "What is recorded of an interrupted call is what its NEW was called with.",
@@ -482,6 +482,13 @@ LEMMAS = (
         ),
         "Nothing that an interrupted call depends on is written while it can be resumed.",
         "lemma",
+    ),
+    Property(
+        "call_counts",
+        all_of(implies(_running, counts), implies(_live_record, saved_counts)),
+        "A call counts from its first entry on.",
+        "lemma",
+        profiles=frozenset(repaired("R1")),
     ),
 )
 

@@ -225,6 +225,8 @@ LEMMAS = (
                 lambda e: (f.accepted[e],),
             ),
             implies(_exports, not_(f.accepted[f.s_enc_working])),
+            f.s_enc_working.eq(f.s_dec_working),
+            any_of(f.s_enc_working.eq(0), f.opened[f.s_enc_working]),
         ),
         "Each key of the source serves one session, which waits in POST_EXPORT for its token.",
         "lemma",

@@ -17,6 +17,7 @@ from tdxmig_model.expr import (
     Property,
     System,
     all_of,
+    any_of,
     choose,
     count,
     enum,
@@ -377,6 +378,7 @@ LEMMAS = (
             implies(source.eq(HANDED_OVER), given),
             implies(source.eq(MIGRATING), session),
             source.in_(RUNNING, MIGRATING, HANDED_OVER),
+            destination.in_(IDLE, MIGRATING, RUNNING, FAILED),
             implies(source.eq(RUNNING), not_(session)),
             implies(token, all_of(given, destination.eq(FAILED))),
             implies(destination.eq(RUNNING), given),
@@ -389,15 +391,17 @@ LEMMAS = (
         forall(
             {"g": PAGE},
             lambda g: implies(
-                all_of(session, destination.in_(IDLE, MIGRATING)),
+                all_of(
+                    session,
+                    any_of(
+                        destination.in_(IDLE, MIGRATING),
+                        all_of(destination.eq(FAILED), not_(given)),
+                    ),
+                ),
                 _one_of(
                     all_of(flying[g].eq(COPY), here[g].eq(EXPORTED_BLOCKEDW)),
                     all_of(flying[g].eq(PENDING_COPY), here[g].eq(PENDING_EXPORTED_BLOCKEDW)),
-                    all_of(
-                        flying[g].eq(CANCEL),
-                        here[g].in_(*GUESTS),
-                        there[g].in_(MAPPED, PENDING),
-                    ),
+                    all_of(flying[g].eq(CANCEL), here[g].in_(*GUESTS)),
                     all_of(_quiet(g), here[g].eq(EXPORTED_BLOCKEDW), there[g].eq(MAPPED)),
                     all_of(_quiet(g), here[g].eq(PENDING_EXPORTED_BLOCKEDW), there[g].eq(PENDING)),
                     all_of(_quiet(g), here[g].in_(*GUESTS), there[g].in_(FREE, REMOVED)),
@@ -420,6 +424,19 @@ LEMMAS = (
             lambda g: (there[g],),
         ),
         "A new destination has no pages; here is what states there are.",
+        "lemma",
+    ),
+    Property(
+        "pages_handed_over",
+        forall(
+            {"g": PAGE},
+            lambda g: all_of(
+                implies(given, all_of(_quiet(g), here[g].in_(*EXPORTED, FREE))),
+                implies(asked[g], destination.eq(RUNNING)),
+            ),
+            lambda g: (there[g],),
+        ),
+        "With the start token every page is exported and has arrived; only then is one asked for.",
         "lemma",
     ),
 )

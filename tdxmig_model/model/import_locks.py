@@ -343,11 +343,21 @@ LEMMAS = (
                     all_of(leaf[p].eq(IMPORT_CONTROL), holds_tdr[p].eq(SHARED)),
                     all_of(stage[p].eq(HAS_LINK), leaf[p].ne(IMPORT_MEM)),
                     all_of(stage[p].eq(GUEST), leaf[p].ne(VP_ENTER)),
+                    all_of(leaf[p].eq(VP_ENTER), stage[p].eq(IDLE)),
                 )
             )
         ),
         "What a call holds is what its leaf takes.",
         "lemma",
+    ),
+    Property(
+        "import_entered",
+        _every(
+            lambda p: implies(leaf[p].eq(VP_ENTER), op_state.in_(LIVE_IMPORT, RUNNABLE)),
+        ),
+        "A call that enters the guest, however far it has come, finds a TD that may run.",
+        "lemma",
+        profiles=frozenset(repaired("R9")),
     ),
     Property(
         "import_states",

@@ -133,8 +133,9 @@ PROPERTIES = (
             forall(
                 {"a": WORD, "b": WORD},
                 lambda a, b: implies(all_of(written[a], written[b]), word[a].eq(word[b])),
-                lambda a, b: (written[a], written[b]),
+                lambda a, b: (written[a], written[b], word[a], word[b]),
             ),
+            implies(all_of(next_word.gt(0), next_word.lt(Size(WORD))), not_(written[next_word])),
         ),
         "The words that count as written are the first ones, and of one key.",
         "lemma",

@@ -8,8 +8,10 @@ from tdxmig_model.expr import (
     Goal,
     Node,
     Property,
+    Size,
     all_of,
     any_of,
+    count,
     forall,
     implies,
     not_,
@@ -21,6 +23,8 @@ from tdxmig_model.model.lifecycle_events import (
     destination_owns,
     destination_vcpu_imported,
     epoch_position,
+    exported_vcpus,
+    imported_vcpus,
     in_destination,
     in_source,
     is_record,
@@ -68,6 +72,11 @@ def _token(epoch: Node) -> Node:
 _source_may_run = any_of(
     in_source("IDLE", "READY", "LIVE", "ABORTED"), all_of(in_source("CLOSED"), source_owns)
 )
+
+_importing = in_destination("MEMORY", "STATE", "MAY_COMMIT", "COMMITTED", "ENDED")
+_td_state_sent = is_record(td_position, "TD_STATE")
+_vcpu_records = count("vCPU records", MESSAGE, lambda m: is_record(m, "VCPU_STATE"))
+_start_token_sent = source_epoch.eq(START_EPOCH)
 
 PROPERTIES = (
     Property(
@@ -326,6 +335,7 @@ LEMMAS = (
                 in_destination("MEMORY", "STATE", "MAY_COMMIT", "COMMITTED", "ENDED"), confirmation
             ),
             implies(abort_token, in_destination("ABORTED", "CLOSED")),
+            implies(received.eq(0), not_(any_of(abort_token, _importing))),
             not_(all_of(abort_token, destination_owns)),
             implies(destination_owns, in_destination("COMMITTED", "ENDED", "CLOSED")),
             implies(in_destination("COMMITTED", "ENDED"), destination_owns),
@@ -346,6 +356,65 @@ LEMMAS = (
             ),
         ),
         "A destination that may run has taken the start token, and the source has let go.",
+        "lemma",
+    ),
+    Property(
+        "nothing_beyond",
+        forall(
+            {"m": MESSAGE},
+            lambda m: implies(m.ge(sent), is_record(m, "MEMORY")),
+            lambda m: (record_kind[m],),
+        ),
+        "A position to which nothing was sent yet holds no token and no state.",
+        "lemma",
+    ),
+    Property(
+        "state_records",
+        all_of(
+            _vcpu_records.below(sent).eq(exported_vcpus),
+            implies(in_source("IDLE", "READY", "LIVE", "PAUSED"), not_(_td_state_sent)),
+            _every_record(
+                lambda m: implies(is_record(m, "TD_STATE"), m.eq(td_position)),
+            ),
+            forall(
+                {"m": MESSAGE},
+                lambda m: implies(
+                    all_of(_td_state_sent, m.gt(td_position), m.lt(sent)),
+                    any_of(
+                        is_record(m, "VCPU_STATE"),
+                        all_of(_start_token_sent, m.ge(epoch_position[START_EPOCH])),
+                    ),
+                ),
+                lambda m: (record_kind[m], _vcpu_records.below(m)),
+            ),
+            implies(
+                _start_token_sent,
+                _vcpu_records.below(epoch_position[START_EPOCH]).eq(Size(VCPU)),
+            ),
+        ),
+        "After the state of the TD comes that of each vCPU, and then the start token.",
+        "lemma",
+    ),
+    Property(
+        "state_taken",
+        all_of(
+            implies(
+                any_of(received.eq(0), in_destination("IDLE", "READY", "MEMORY", "STATE")),
+                all_of(
+                    _vcpu_records.below(received).eq(imported_vcpus),
+                    any_of(not_(_start_token_sent), received.le(epoch_position[START_EPOCH])),
+                ),
+            ),
+            implies(
+                in_destination("STATE"),
+                all_of(
+                    td_position.ge(0),
+                    td_position.lt(received),
+                    _td_state_sent,
+                ),
+            ),
+        ),
+        "Up to the start token the destination has taken as many vCPUs as records of vCPUs.",
         "lemma",
     ),
 )

@@ -44,14 +44,15 @@ def _excludes(holds: MapVariable) -> Node:
 def _wrongly_held(
     p: Node, holds: MapVariable, alone: tuple[Literal, ...], *before: Literal
 ) -> Node:
-    """What is never so: held too early, or otherwise than the table says.  DONE may hold less."""
+    """What is never so: held too early, or less strictly than the table says.
+
+    A call that is DONE may hold nothing of what its leaf shares.
+    """
     early = s.stage[p].in_(*before)
-    late = not_(s.stage[p].in_(*before, s.DONE))
-    exclusive = s.leaf[p].in_(*alone)
     return any_of(
         all_of(early, holds[p].ne(s.NONE)),
-        all_of(late, exclusive, holds[p].ne(s.EXCLUSIVE)),
-        all_of(late, not_(exclusive), holds[p].ne(s.SHARED)),
+        all_of(not_(early), s.leaf[p].in_(*alone), holds[p].ne(s.EXCLUSIVE)),
+        all_of(not_(s.stage[p].in_(*before, s.DONE)), holds[p].eq(s.NONE)),
     )
 
 
@@ -59,7 +60,7 @@ def _with_link(p: Node) -> Node:
     return s.stage[p].in_(s.HAS_LINK, s.HAS_ENTRY, s.COUNTING)
 
 
-_NO_LINK = (s.EXPORT_PAUSE, s.EXPORT_ABORT, s.EXPORT_UNBLOCKW, s.VP_ENTER)
+_NO_LINK = (s.EXPORT_PAUSE, s.EXPORT_UNBLOCKW, s.VP_ENTER)
 _acting = (s.CHECKED, s.HAS_MIG, s.HAS_LINK, s.HAS_ENTRY, s.COUNTING)
 
 PROPERTIES = (
@@ -187,10 +188,13 @@ LEMMAS = (
                         ),
                     )
                 ),
-                not_(
-                    _wrongly_held(
-                        p, s.holds_mig, s.MIG_EXCLUSIVE, s.IDLE, s.HAS_TDR, s.CHECKED, s.GUEST
-                    )
+                any_of(
+                    s.stage[p].eq(s.DONE),
+                    not_(
+                        _wrongly_held(
+                            p, s.holds_mig, s.MIG_EXCLUSIVE, s.IDLE, s.HAS_TDR, s.CHECKED, s.GUEST
+                        )
+                    ),
                 ),
                 not_(
                     any_of(
@@ -209,6 +213,27 @@ LEMMAS = (
             )
         ),
         "What a call holds is what its leaf takes up to where it has come.",
+        "lemma",
+    ),
+    Property(
+        "lock_leaves",
+        forall(
+            {"p": s.PROCESSOR},
+            lambda p: not_(
+                any_of(
+                    all_of(s.stage[p].eq(s.IDLE), s.leaf[p].ne(s.EXPORT_MEM)),
+                    all_of(s.stage[p].eq(s.GUEST), s.leaf[p].ne(s.VP_ENTER)),
+                    all_of(
+                        s.stage[p].in_(s.HAS_MIG, s.HAS_LINK, s.HAS_ENTRY, s.COUNTING),
+                        not_(s.leaf[p].in_(*s.MIG_SHARED, *s.MIG_EXCLUSIVE)),
+                    ),
+                    all_of(s.holds_mig[p].ne(s.NONE), s.leaf[p].in_(*s.TDR_EXCLUSIVE)),
+                    all_of(s.holds_mig[p].eq(s.EXCLUSIVE), s.holds_op_state[p].ne(s.EXCLUSIVE)),
+                )
+            ),
+            lambda p: (s.stage[p], s.leaf[p]),
+        ),
+        "A call goes only where its leaf goes, and has MIG alone only with OP_STATE alone.",
         "lemma",
     ),
     Property(

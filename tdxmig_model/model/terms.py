@@ -309,6 +309,11 @@ PROPERTIES = (
                 ),
                 lambda g: (receipt_term[g],),
             ),
+            forall(
+                {"m": TERM},
+                lambda m: implies(m.ge(terms), not_(term_forward[m])),
+                lambda m: (term_forward[m],),
+            ),
         ),
         "Every term is under the key of the session that made it; abort tokens are on stream 0.",
         "lemma",

@@ -241,14 +241,17 @@ def judge_deletion(
     run = hunt.explicitly(aimed, hunt.small)
     if run is not None:
         return done("killed", "explicit search", run)
-    run = hunt.directed(aimed)
+    # Where all states of the small instance are good a proof is likelier than a longer run.
+    weaker = prove(mutant, seed=seed, patient=False) if hunt.complete else None
+    hopeful = [p for p in aimed if weaker is None or not weaker.proves(p.identifier)]
+    run = hunt.directed(hopeful)
     if run is not None:
         return done("killed", "directed search", run)
-    run = hunt.explicitly(aimed, hunt.larger)
+    run = hunt.explicitly(hopeful, hunt.larger)
     if run is not None:
         return done("killed", "explicit search", run)
-    induction = prove(mutant, seed=seed, patient=False)
-    unproved += [p for p in claims if not induction.proves(p.identifier)]
+    weaker = weaker or prove(mutant, seed=seed, patient=False)
+    unproved += [p for p in claims if not weaker.proves(p.identifier)]
     # The target first; what else the conjunct protects counts as well.
     doubtful = [p for p in aimed if p in unproved]
     run = hunt.phased(doubtful)
@@ -332,6 +335,8 @@ class _Hunt:
         self.larger = small_instance(mutant, LARGER)
         self.two_streams = small_instance(mutant, {**SMALL, "Stream": 2})
         self.visited: dict[str, None] = {}
+        self.complete = False
+        """Whether the last explicit search saw every state of its instance."""
 
     def explicitly(self, claims: Sequence[Property], instance: Instance) -> Run | None:
         """A shortest run, within the first states of an instance, that breaks some claim."""
@@ -346,6 +351,7 @@ class _Hunt:
             ceiling=ceiling(instance),
             digest=False,
         )
+        self.complete = not seen.truncated
         if seen.trace is not None:
             moves = [(s.step, s.params) for s in seen.trace]
             return replay(self.mutant, instance, moves, formula)
