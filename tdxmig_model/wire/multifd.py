@@ -167,7 +167,7 @@ class MultifdParser(IncrementalParser[Packet]):
             yield (yield from self._parse_packet(self.offset))
 
     def _parse_packet(self, at: int) -> Needs[Packet]:
-        head = _Head.unpack((yield PACKET_HEADER_SIZE), at, self._slots)
+        head = PacketHead.unpack((yield PACKET_HEADER_SIZE), at, self._slots)
         column = yield head.slots * 8
         offsets = struct.unpack(f">{head.pages}Q", column[: head.pages * 8])
         _check_offsets(offsets, at)
@@ -186,8 +186,8 @@ class MultifdParser(IncrementalParser[Packet]):
 
 
 @dataclass(frozen=True, slots=True)
-class _Head:
-    """The fixed part of a page packet, checked; `block` is empty when there are no pages."""
+class PacketHead:
+    """The 320 fixed bytes of a page packet, checked; `block` is empty when there are no pages."""
 
     sync: bool
     private: bool
@@ -197,7 +197,7 @@ class _Head:
     block: str
 
     @classmethod
-    def unpack(cls, raw: ByteBuffer, at: int, most_slots: int) -> _Head:
+    def unpack(cls, raw: ByteBuffer, at: int, most_slots: int) -> PacketHead:
         """Decode and judge the 320 bytes at `at` of the stream.  Raises WireError."""
         magic, version, flags, slots, pages, size, number, unused, name = _PACKET.unpack(raw)
         _check_magic(magic, version, at)

@@ -69,10 +69,10 @@ _HEADER: Final = struct.Struct("<HH")
 _RAM: Final = struct.Struct(">Q")
 _FLAGS_MASK: Final = PAGE_SIZE - 1
 _NO_BLOCK: Final = "no 0x20: no block was named yet"
-_START_TYPES: Final = frozenset({BundleType.IMMUTABLE_TD_STATE})
-_EPOCH_TYPES: Final = frozenset({BundleType.EPOCH_TOKEN})
-_MEMORY_TYPES: Final = frozenset({BundleType.MEM})
-_END_TYPES: Final = frozenset(
+START_TYPES: Final = frozenset({BundleType.IMMUTABLE_TD_STATE})
+EPOCH_TYPES: Final = frozenset({BundleType.EPOCH_TOKEN})
+MEMORY_TYPES: Final = frozenset({BundleType.MEM})
+END_TYPES: Final = frozenset(
     {BundleType.MUTABLE_TD_STATE, BundleType.MUTABLE_VCPU_STATE, BundleType.EPOCH_TOKEN}
 )
 
@@ -250,9 +250,9 @@ def encode(record: Record) -> list[bytes | memoryview]:
     """
     match record:
         case StartSection(bundle):
-            return _encode_bundle(bytes((SECTION_START,)), bundle, _START_TYPES)
+            return _encode_bundle(bytes((SECTION_START,)), bundle, START_TYPES)
         case EpochRecord(bundle):
-            return _encode_bundle(_RAM.pack(RamFlags.CGS_EPOCH), bundle, _EPOCH_TYPES)
+            return _encode_bundle(_RAM.pack(RamFlags.CGS_EPOCH), bundle, EPOCH_TYPES)
         case MemoryRecord():
             return _encode_memory(record)
         case SharedPage():
@@ -264,7 +264,7 @@ def encode(record: Record) -> list[bytes | memoryview]:
         case EndSection():
             return [bytes((SECTION_END,))]
         case Bundle():
-            return _encode_bundle(b"", record, _END_TYPES)
+            return _encode_bundle(b"", record, END_TYPES)
         case Footer():
             return [bytes((FOOTER,))]
         case Hello() | SourceAbort():
@@ -315,7 +315,7 @@ class RecordParser(IncrementalParser[Record]):
         if first == 0:
             return (yield from self._parse_ram(at))
         if first == SECTION_START:
-            return StartSection((yield from _parse_bundle(at + 1, b"", _START_TYPES)))
+            return StartSection((yield from _parse_bundle(at + 1, b"", START_TYPES)))
         if first == EXTENSION_MARK:
             return (yield from parse_forward(at))
         bound = "0x00 RAM record, 0x09 start, 0x0a end, 0x54 message, 0x7e only after the end"
@@ -329,7 +329,7 @@ class RecordParser(IncrementalParser[Record]):
                 name = "epoch record" if flags == RamFlags.CGS_EPOCH else "RAM record"
                 raise fault(name, at, "offset", hex(offset), "0")
             if flags == RamFlags.CGS_EPOCH:
-                return EpochRecord((yield from _parse_bundle(at + 8, b"", _EPOCH_TYPES)))
+                return EpochRecord((yield from _parse_bundle(at + 8, b"", EPOCH_TYPES)))
             return MultifdFlush() if flags == RamFlags.MULTIFD_FLUSH else EndOfPass()
         kind = flags & ~RamFlags.CONTINUE
         if kind not in _PAGE_FLAGS:
@@ -355,7 +355,7 @@ class RecordParser(IncrementalParser[Record]):
             return SharedPage(offset, self._block, bytes((fill,)) * PAGE_SIZE, fill, same_block)
         if kind == RamFlags.PAGE:
             return SharedPage(offset, self._block, (yield PAGE_SIZE), None, same_block)
-        bundle = yield from _parse_bundle(header_at, b"", _MEMORY_TYPES)
+        bundle = yield from _parse_bundle(header_at, b"", MEMORY_TYPES)
         return MemoryRecord(offset, self._block, bundle, _cancels(bundle), same_block)
 
     def _parse_chain(self) -> Generator[int | Record, memoryview, bool]:
@@ -365,7 +365,7 @@ class RecordParser(IncrementalParser[Record]):
             if first[0] == EXTENSION_MARK:
                 yield (yield from parse_forward(self.offset, MessageType.SOURCE_ABORT))
                 return False
-            bundle = yield from _parse_bundle(self.offset, first, _END_TYPES)
+            bundle = yield from _parse_bundle(self.offset, first, END_TYPES)
             yield bundle
             if not bundle.header.another_follows:
                 return True
@@ -392,7 +392,7 @@ def _parse_bundle(at: int, head: bytes, allowed: frozenset[BundleType]) -> Needs
     fixed = head + bytes((yield HEADER_SIZE + MBMD_SIZE - len(head)))
     header = MigrationHeader.unpack(fixed[:HEADER_SIZE], stream_offset=at)
     mbmd = Mbmd.unpack(fixed, offset=HEADER_SIZE, stream_offset=at)
-    _check_head(header, mbmd, allowed, at)
+    check_head(header, mbmd, allowed, at)
     count = header.buf_list_num
     if not count:
         return Bundle(header, mbmd)
@@ -409,10 +409,11 @@ def _parse_bundle(at: int, head: bytes, allowed: frozenset[BundleType]) -> Needs
     return Bundle(header, mbmd, pages, gpa_list, bytes(body[macs_at:]))
 
 
-def _check_head(
+def check_head(
     header: MigrationHeader, mbmd: Mbmd, allowed: frozenset[BundleType], at: int
 ) -> None:
-    """Cross-check header, MBMD and the kind of record they stand in."""
+    """Cross-check header, MBMD and the kind of record they stand in, which is told by the types
+    that it can hold.  Raises WireError; `at` is where the bundle begins."""
     kind, count = mbmd.bundle_type, header.buf_list_num
     type_at = at + HEADER_SIZE + 6
     if kind not in allowed:
@@ -426,7 +427,7 @@ def _check_head(
         field_at = at + HEADER_SIZE + 24
         raise fault("MEM bundle", field_at, "num_gpas", mbmd.num_gpas, f"{count} (buf_list_num)")
     # Only the end section is a chain, and its start token is what ends it.
-    chained = allowed is _END_TYPES and not kind.is_token
+    chained = allowed is END_TYPES and not kind.is_token
     if header.another_follows != chained:
         raise fault(f"{kind.name} bundle", at, "flags", header.flags, str(int(chained)))
 
@@ -454,7 +455,7 @@ def _encode_shared(record: SharedPage) -> list[bytes | memoryview]:
 
 def _encode_memory(record: MemoryRecord) -> list[bytes | memoryview]:
     head = _page_head(record, RamFlags.CGS_STATE)
-    buffers = _encode_bundle(head, record.bundle, _MEMORY_TYPES)
+    buffers = _encode_bundle(head, record.bundle, MEMORY_TYPES)
     operations = entry_operations(entries_from_bytes(record.bundle.gpa_list))
     # A cancel that the module refused is a NOP, so a cancel record may have no CANCEL entry left.
     if record.cancel and (operations & 1).any():
@@ -476,7 +477,7 @@ def _encode_bundle(
 ) -> list[bytes | memoryview]:
     header, mbmd = bundle.header.pack(), bundle.mbmd.pack()
     at = len(head)
-    _check_head(bundle.header, Mbmd.unpack(mbmd), allowed, at)
+    check_head(bundle.header, Mbmd.unpack(mbmd), allowed, at)
     count = bundle.header.buf_list_num
     if len(bundle.pages) != count:
         raise fault("bundle", at + 2, "buf_list_num", count, f"{len(bundle.pages)} (pages)")
