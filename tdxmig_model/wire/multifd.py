@@ -264,7 +264,7 @@ def _cut(payload: memoryview, first: int, count: int) -> list[memoryview]:
 
 def _decode_bundle(payload: memoryview, count: int, at: int) -> Bundle:
     mbmd = Mbmd.unpack(payload[:MBMD_SIZE], stream_offset=at)
-    _check_mbmd(mbmd, count, at)
+    check_packet_mbmd(mbmd, count, at)
     macs_at = MBMD_SIZE + count * GPA_ENTRY_SIZE
     pages_at = macs_at + count * MAC_SIZE
     gpa_list = bytes(payload[MBMD_SIZE:macs_at])
@@ -273,7 +273,8 @@ def _decode_bundle(payload: memoryview, count: int, at: int) -> Bundle:
     return Bundle.of(mbmd, _cut(payload, pages_at, count), gpa_list, macs)
 
 
-def _check_mbmd(mbmd: Mbmd, count: int, at: int) -> None:
+def check_packet_mbmd(mbmd: Mbmd, count: int, at: int) -> None:
+    """Compare an MBMD, at byte `at`, with the pages of its packet.  Raises WireError."""
     if mbmd.bundle_type is not BundleType.MEM:
         raise fault("packet", at + 6, "bundle_type", mbmd.bundle_type.name, "MEM")
     if mbmd.num_gpas != count:
@@ -329,7 +330,7 @@ def _private_payload(packet: PrivatePacket) -> list[bytes | memoryview]:
     bundle, count = packet.bundle, len(packet.offsets)
     at = PACKET_HEADER_SIZE + packet.slots * 8
     mbmd = bundle.mbmd.pack()
-    _check_mbmd(Mbmd.unpack(mbmd), count, at)
+    check_packet_mbmd(Mbmd.unpack(mbmd), count, at)
     for field, found, expected in (
         ("pages", len(bundle.pages), count),
         ("gpa_list bytes", len(bundle.gpa_list), count * GPA_ENTRY_SIZE),
