@@ -1,6 +1,6 @@
 """Are the known defects of QEMU's TDX migration code absent here?
 
-Each test is named after the number that a defect has in specs/seed.toml, where it is described.
+Each test is named after the number of a defect in specs/seed.toml, which says what holds here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from test_wire import memory_bundle, start_token, to_bytes
 
 from tdxmig_model.backend.soft.backend import soft_destination
 from tdxmig_model.backend.soft.sept import LOCK_BIT
-from tdxmig_model.engine import PreCopy
+from tdxmig_model.engine import PreCopy, RamBlock
 from tdxmig_model.engine.commands import (
     Command,
     ExportAbort,
@@ -35,6 +35,7 @@ from tdxmig_model.engine.commands import (
     ExportStateVp,
     Result,
 )
+from tdxmig_model.engine.packets import record_of
 from tdxmig_model.engine.steps import ALL_CAPABILITIES
 from tdxmig_model.errors import BackendError, PeerError, UsageError, WireError
 from tdxmig_model.session import DestinationSession, SessionOptions
@@ -450,12 +451,16 @@ def test_qf_m4_the_second_mac_page_travels(count: int) -> None:
     assert list(parser.records(wire))[1] == packet
 
 
-def test_qf_m5_the_offset_of_a_record_is_compared_with_its_gpa() -> None:
+def test_qf_m5_offsets_are_compared_with_gpas() -> None:
     engine = importing()
     record = memory(1, offset=0x3000)
     assert engine.accept(record) == "import_memory"
     with pytest.raises(PeerError, match="offset 0x3000"):
         play(engine.import_memory(record))
+    packet = private(3)
+    assert record_of(packet, RamBlock()).offset == 0x2000
+    with pytest.raises(PeerError, match="packet 9 says offset 0x4000"):
+        record_of(replace(packet, offsets=packet.offsets[::-1]), RamBlock())
     error = refuses(packets_to_bytes([private(3, slots=512)]))
     assert (error.field, error.value) == ("pages_alloc", 512)
 

@@ -356,7 +356,7 @@ class RecordParser(IncrementalParser[Record]):
         if kind == RamFlags.PAGE:
             return SharedPage(offset, self._block, (yield PAGE_SIZE), None, same_block)
         bundle = yield from _parse_bundle(header_at, b"", MEMORY_TYPES)
-        return MemoryRecord(offset, self._block, bundle, _cancels(bundle), same_block)
+        return MemoryRecord(offset, self._block, bundle, cancels(bundle), same_block)
 
     def _parse_chain(self) -> Generator[int | Record, memoryview, bool]:
         """The bundles of the end section.  True when they are complete, False when aborted."""
@@ -460,13 +460,13 @@ def _encode_memory(record: MemoryRecord) -> list[bytes | memoryview]:
     # A cancel that the module refused is a NOP, so a cancel record may have no CANCEL entry left.
     if record.cancel and (operations & 1).any():
         raise fault("memory record", 0, "cancel", True, "a GPA list without MIGRATE or REMIGRATE")
-    if not record.cancel and _cancels(record.bundle):
+    if not record.cancel and cancels(record.bundle):
         raise fault("memory record", 0, "cancel", False, "True: its GPA list says CANCEL")
     return buffers
 
 
-def _cancels(bundle: Bundle) -> bool:
-    """True when the GPA list has CANCEL entries and none that migrates."""
+def cancels(bundle: Bundle) -> bool:
+    """True when the GPA list of a memory bundle has CANCEL entries and none that migrates."""
     operations = entry_operations(entries_from_bytes(bundle.gpa_list))
     # MIGRATE and REMIGRATE are the odd operations.
     return bool(np.any(operations == GpaOperation.CANCEL)) and not bool((operations & 1).any())
