@@ -6,7 +6,6 @@ import struct
 from typing import Final
 
 from tdxmig_model.inspection.entry import Entry
-from tdxmig_model.inspection.reader import Reader
 from tdxmig_model.inspection.walker import Lost, Walker, as_number, numbers
 from tdxmig_model.wire.constants import MAC_SIZE, MAX_ENTRIES, MBMD_SIZE, PAGE_SIZE
 from tdxmig_model.wire.extensions import EXTENSION_MARK, MessageType, ReturnPathParser
@@ -41,7 +40,7 @@ from tdxmig_model.wire.records import (
 )
 
 _MESSAGES: Final = {kind.value: kind.name for kind in MessageType}
-_QEMU_MESSAGES: Final = range(1, 8)
+QEMU_MESSAGES: Final = range(1, 8)
 _PRIVATE: Final = 0x8
 _COMPRESSION: Final = 0xE
 
@@ -221,7 +220,7 @@ class ReturnPathWalker(Walker):
     def _read(self, entry: Entry) -> None:
         frame = self._read_frame(entry)
         kind = as_number(entry.fields["type"])
-        if kind in _QEMU_MESSAGES:
+        if kind in QEMU_MESSAGES:
             entry.record = f"QEMU return-path message {kind}"
             return
         entry.record = _MESSAGES.get(kind, f"message {kind:#06x}")
@@ -251,16 +250,3 @@ def spans(offsets: list[int]) -> str:
         else:
             runs.append([offset, offset + PAGE_SIZE])
     return " ".join(f"{first:#x}..{past:#x}" for first, past in runs)
-
-
-def guess(reader: Reader) -> type[Walker]:
-    """The framing of a file, by its first bytes."""
-    head = reader.peek(4)
-    if head == MAGIC.to_bytes(4, "big"):
-        return MultifdWalker
-    # HELLO opens the return path too, there without the mark.
-    if head[:1] == b"\x54" and head[1:2] != b"\x54":
-        return ReturnPathWalker
-    if len(head) == 4 and int.from_bytes(head[:2], "big") in _QEMU_MESSAGES:
-        return ReturnPathWalker
-    return RecordWalker

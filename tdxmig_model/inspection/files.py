@@ -10,12 +10,19 @@ from pathlib import Path
 from typing import Final
 
 from tdxmig_model.errors import UsageError
-from tdxmig_model.inspection.channels import MultifdWalker, RecordWalker, ReturnPathWalker, guess
+from tdxmig_model.inspection import qemu_file
+from tdxmig_model.inspection.channels import (
+    QEMU_MESSAGES,
+    MultifdWalker,
+    RecordWalker,
+    ReturnPathWalker,
+)
 from tdxmig_model.inspection.entry import Entry
 from tdxmig_model.inspection.judge import Judge, Totals, final_problems
 from tdxmig_model.inspection.reader import Reader
 from tdxmig_model.inspection.walker import Walker
 from tdxmig_model.wire.extensions import MessageType
+from tdxmig_model.wire.multifd import MAGIC as MULTIFD_MAGIC
 
 MOST_ERRORS: Final = 100
 """Problems that a summary keeps; the rest is counted, so that memory does not grow."""
@@ -27,12 +34,14 @@ class Framing(StrEnum):
     RECORDS = "single-channel records"
     MULTIFD = "multifd packets"
     RETURN_PATH = "return path"
+    QEMU_FILE = "QEMU main channel"
 
 
-_FRAMINGS: Final = {
+_FRAMINGS: Final[dict[type[Walker], Framing]] = {
     RecordWalker: Framing.RECORDS,
     MultifdWalker: Framing.MULTIFD,
     ReturnPathWalker: Framing.RETURN_PATH,
+    qemu_file.QemuFileWalker: Framing.QEMU_FILE,
 }
 
 
@@ -77,7 +86,7 @@ class CapturedFile:
     def __init__(self, name: str, reader: Reader) -> None:
         self.name = name
         self._reader = reader
-        self._walker = guess(reader)
+        self._walker = _guess(reader)
 
     @property
     def framing(self) -> Framing:
@@ -132,3 +141,18 @@ def _open(path: Path, stack: ExitStack) -> CapturedFile:
         return CapturedFile(str(path), Reader(file))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror or error}") from error
+
+
+def _guess(reader: Reader) -> type[Walker]:
+    """The framing of a file, by its first bytes."""
+    head = reader.peek(4)
+    if head == MULTIFD_MAGIC.to_bytes(4, "big"):
+        return MultifdWalker
+    if head == qemu_file.MAGIC:
+        return qemu_file.QemuFileWalker
+    # HELLO opens the return path too, there without the mark.
+    if head[:1] == b"\x54" and head[1:2] != b"\x54":
+        return ReturnPathWalker
+    if len(head) == 4 and int.from_bytes(head[:2], "big") in QEMU_MESSAGES:
+        return ReturnPathWalker
+    return RecordWalker

@@ -42,6 +42,10 @@ class Lost(Exception):
         super().__init__(text)
 
 
+class NotDescribed(Exception):
+    """What follows is somebody else's and has no length; nothing is wrong with it."""
+
+
 class Walker(ABC):
     """Reads the records of one file."""
 
@@ -59,6 +63,8 @@ class Walker(ABC):
             except Ended as end:
                 text = f"the file ends inside this record: {end.found} of {end.wanted} bytes"
                 entry.blame(end.offset, text)
+            except NotDescribed as why:
+                entry.fields["note"] = f"{why}; reading ends here"
             except Lost as why:
                 entry.blame(why.offset, f"{why.text}; what follows cannot be decoded")
             entry.length = self.reader.offset - entry.offset
