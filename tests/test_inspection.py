@@ -299,6 +299,37 @@ def test_offsets_are_compared_with_gpas_across_the_hole_below_4_gib() -> None:
     assert found == ["offset 0x4000 of the block stands for GPA 0x3000"]
 
 
+@pytest.mark.parametrize(
+    ("counters", "epochs", "found"),
+    [
+        ((5, 7, 1), (1, 1, 2), []),  # begins again with an epoch, and goes on elsewhere meanwhile
+        ((5, 5), (1, 1), ["MB_COUNTER 5 after 5 in one epoch"]),
+        ((5, 4), (1, 1), ["MB_COUNTER 4 after 5 in one epoch"]),
+        ((1, 2), (2, 1), ["epoch 1 after epoch 2"]),
+    ],
+)
+def test_of_several_files_only_the_order_within_each_is_judged(
+    counters: tuple[int, ...], epochs: tuple[int, ...], found: list[str]
+) -> None:
+    packets = [
+        PrivatePacket(0, "pc.ram", (0x2000,), memory(0x2000, counter=one, iv=10 * at, epoch=epoch))
+        for at, (one, epoch) in enumerate(zip(counters, epochs, strict=True), 1)
+    ]
+    judge = Judge(alone=False, totals=Totals())
+    walker = MultifdWalker(Reader(io.BytesIO(packets_to_bytes(packets))), judge)
+    assert texts(walker.entries()) == found
+
+
+def test_the_end_section_can_be_given_up_by_an_abort_and_by_no_other_message() -> None:
+    begun = good_stream()[:9]
+    records = [*begun, SourceAbort("why"), good_stream()[1]]
+    entries = walk(to_bytes(records))
+    assert [entry.record for entry in entries[-2:]] == ["SOURCE_ABORT", "epoch token"]
+    assert not entries[-2].problems
+    entries = walk(to_bytes(begun) + to_bytes([every_record()[0]]))
+    assert texts(entries) == ["HELLO inside the end section"]
+
+
 # What is wrong in a record, and where reading goes on.
 
 MEMORY_AT = len(to_bytes(good_stream()[:2]))
