@@ -32,6 +32,7 @@ from tdxmig_model.wire import (
     Bundle,
     Capability,
     Committed,
+    EndOfPass,
     EndSection,
     EpochRecord,
     Failed,
@@ -41,7 +42,9 @@ from tdxmig_model.wire import (
     InOrderDone,
     MemoryRecord,
     MigrationHeader,
+    MultifdFlush,
     SessionStarted,
+    SharedPage,
     SourceAbort,
     StartSection,
 )
@@ -412,3 +415,13 @@ def test_a_source_that_aborted_gets_no_answer() -> None:
 def test_statuses_of_another_length_are_the_backends_fault() -> None:
     with pytest.raises(BackendError, match="2 entry statuses for 1 pages"):
         play(importing().import_memory(memory(1)), listed(0, 0))
+
+
+def test_shared_memory_is_not_passed_over() -> None:
+    """A page that nobody imports would be missing in the TD, and nobody would know."""
+    engine = DestinationEngine(pages=4, vcpus=1)
+    engine.accept(StartSection(immutable()))
+    assert engine.accept(MultifdFlush()) is None
+    assert engine.accept(EndOfPass()) is None
+    with pytest.raises(PeerError, match=r"shared memory \(offset 0x3000 of 'pc.ram'\)"):
+        engine.accept(SharedPage(0x3000, "pc.ram", bytes(4096)))

@@ -26,7 +26,7 @@ RANKS = {
     0: ("errors", "names", "pool"),
     1: ("expr",),
     2: ("model", "wire"),
-    3: ("compile", "project", "smt", "export", "trace", "svg"),
+    3: ("compile", "project", "smt", "export", "trace", "svg", "inspection"),
     4: (
         "machine",
         "draw",
@@ -66,7 +66,7 @@ SIDEWAYS = {
 }
 
 # Who must work without the model, and what they must never reach by any path.
-BYTES_AND_COMMANDS = ("wire", "engine", "backend", "transport", "premigration")
+BYTES_AND_COMMANDS = ("wire", "inspection", "engine", "backend", "transport", "premigration")
 THE_MODEL_AND_ITS_USES = (
     *("expr", "model", "compile", "project", "smt", "export"),
     *(

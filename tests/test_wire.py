@@ -18,6 +18,7 @@ from tdxmig_model.wire import (
     Bundle,
     BundleType,
     Capability,
+    EndOfPass,
     EndSection,
     EpochRecord,
     Footer,
@@ -27,8 +28,10 @@ from tdxmig_model.wire import (
     Mbmd,
     MemoryRecord,
     MigrationHeader,
+    MultifdFlush,
     Record,
     RecordParser,
+    SharedPage,
     SourceAbort,
     StartSection,
     encode,
@@ -72,6 +75,10 @@ def every_record() -> list[Record]:
         start_token(),
         Footer(),
         MemoryRecord(0x9000, "pc.ram", memory_bundle(gpa=0x9000)),
+        SharedPage(0xA000, "pc.bios", PAGE),
+        SharedPage(0xB000, "pc.bios", ZERO_PAGE, fill=0, same_block=True),
+        MultifdFlush(),
+        EndOfPass(),
         SourceAbort("the operator cancelled"),
     ]
 
@@ -323,6 +330,10 @@ def flip_targets() -> list[tuple[Record, list[Record]]]:
         (Bundle.of(td_state, [PAGE], another_follows=True), [EndSection()]),
         (Bundle.of(vcpu_state, [PAGE], another_follows=True), [EndSection()]),
         (start_token(), [EndSection()]),
+        (SharedPage(0x2000, "pc.ram", PAGE), []),
+        (SharedPage(0x2000, "pc.ram", ZERO_PAGE, fill=0), []),
+        (MultifdFlush(), []),
+        (EndOfPass(), []),
         (SourceAbort("why"), []),
     ]
 
@@ -363,7 +374,7 @@ def patched(data: bytes, at: int, layout: str, value: int) -> bytes:
     [
         (0, ">Q", 0x3000, "flags", 6),
         (0, ">Q", 0x2000 | 0x1000, "flags", 6),  # CANCEL as QEMU would write it
-        (0, ">Q", 0x2000 | 0x08, "flags", 6),
+        (0, ">Q", 0x2000 | 0x01, "flags", 6),
         (0, ">Q", 0x2000 | 0x800, "offset", 0),
         (0, ">Q", 1 << 52 | 0x400, "offset", 0),
         (0, ">Q", 0x2000 | 0x420, "flags", 6),  # the block before, and there was none

@@ -33,7 +33,8 @@ COMMANDS = {
     "explore": "Visit every state of a model at a given size.",
     "show": "Show a step, property, state, leaf, profile or status code.",
     "draw": "Write the diagrams, or compare them with what is there.",
-    "export": "Write a model as TLA+ or Promela.",
+    "export": "Write a model as TLA+ or Promela, or the wire format for Wireshark.",
+    "stream": "Decode a captured migration stream and say what is wrong with it.",
     "doctor": "Report what this host can do.",
 }
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -53,6 +54,52 @@ def emit_json(value: Mapping[str, object]) -> None:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     _stdout.json_printed = True
     click.echo(text)
+
+
+class JsonPieces:
+    """Writes the members of one JSON object one after the other; see `json_pieces`."""
+
+    def __init__(self) -> None:
+        self._between = ""
+
+    def begin_list(self, name: str) -> None:
+        """Begin a member that is a list; give its elements to `item`."""
+        self._write(f"{json.dumps(name)}: [")
+        self._between = ""
+
+    def item(self, value: Mapping[str, object]) -> None:
+        """The next element of the list."""
+        self._write(json.dumps(value, ensure_ascii=False, allow_nan=False))
+
+    def end_list(self) -> None:
+        """End the list."""
+        self._between = ""
+        self._write("]")
+
+    def members(self, values: Mapping[str, object]) -> None:
+        """Members that are whole."""
+        for name, value in values.items():
+            text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+            self._write(f"{json.dumps(name)}: {text}")
+
+    def _write(self, text: str) -> None:
+        click.echo(self._between + text, nl=False)
+        self._between = ", "
+
+
+@contextmanager
+def json_pieces() -> Iterator[JsonPieces]:
+    """The one object on stdout, written in pieces because it may not fit into memory.
+
+    What may fail belongs before this: a failure inside leaves an object without an end.
+    """
+    if _stdout.json_printed:
+        raise RuntimeError("a command prints exactly one JSON object, this is the second")
+    pieces = JsonPieces()
+    _stdout.json_printed = True
+    click.echo("{", nl=False)
+    yield pieces
+    click.echo("}")
 
 
 def emit_failure(kind: str, line: str) -> None:

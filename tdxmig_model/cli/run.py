@@ -131,6 +131,11 @@ class _WithEvents(click.Command):
     type=click.Path(file_okay=False, path_type=Path),
     help="Keep both traces there (source.ndjson, destination.ndjson).",
 )
+@click.option(
+    "--capture",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Write what passes on each channel there, one file per direction (tdxmig stream inspect).",
+)
 @output.json_option
 @click.pass_context
 def command(ctx: click.Context, /, as_json: bool, **chosen: Any) -> None:

@@ -59,11 +59,14 @@ from tdxmig_model.wire.gpa_list import (
 from tdxmig_model.wire.mbmd import BundleType
 from tdxmig_model.wire.records import (
     Bundle,
+    EndOfPass,
     EndSection,
     EpochRecord,
     Footer,
     MemoryRecord,
+    MultifdFlush,
     Record,
+    SharedPage,
     StartSection,
 )
 
@@ -167,6 +170,15 @@ class DestinationEngine:
                 if self._end_seen:
                     self._need(Capability.POST_COPY, "memory after the start token")
                 return "import_memory"
+            case SharedPage():
+                # Passed over it would be lost without a word.
+                raise PeerError(
+                    f"the source sent shared memory (offset {record.offset:#x} of "
+                    f"{record.block!r}), and this destination takes private memory only"
+                )
+            case MultifdFlush() | EndOfPass():
+                self._expect(not self._in_end_section, "a mark of the RAM section")
+                return None
 
     def _accept_hello(self, hello: Hello) -> None:
         self._expect(self.peer is None and not self._immutable_seen, "HELLO")

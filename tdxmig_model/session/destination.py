@@ -29,11 +29,17 @@ from tdxmig_model.wire.extensions import (
     Hello,
     InOrderDone,
     SessionStarted,
-    SourceAbort,
     encode_return,
 )
 from tdxmig_model.wire.mbmd import Mbmd
-from tdxmig_model.wire.records import Bundle, EndSection, Footer, MemoryRecord, Record, RecordParser
+from tdxmig_model.wire.records import (
+    Bundle,
+    EpochRecord,
+    MemoryRecord,
+    Record,
+    RecordParser,
+    StartSection,
+)
 
 # Lifecycle event -> what the lifecycle model calls the record that it takes.
 _KINDS: Final = {
@@ -49,6 +55,7 @@ _PHASES: Final = {
     "import_vcpu_state": "state",
     "import_start_token": "commit",
 }
+_WITH_BUNDLE: Final = (StartSection, EpochRecord, MemoryRecord, Bundle)
 _RETURN_MESSAGES: Final = (AbortToken, Committed, Failed, Hello, InOrderDone, SessionStarted)
 
 LINGER_SECONDS: Final = 3.0
@@ -120,7 +127,7 @@ class DestinationSession(Side):
         event = self.engine.accept(record)
         if event == "abort":
             raise PeerGaveUp(f"the source gave up: {self.engine.source_abort}")
-        if event is None or isinstance(record, Hello | SourceAbort | EndSection | Footer):
+        if event is None or not isinstance(record, _WITH_BUNDLE):
             return
         bundle = record if isinstance(record, Bundle) else record.bundle
         mbmd = bundle.mbmd

@@ -83,6 +83,7 @@ class RunOptions:
     `deadline` is seconds for everything; without one the time grows with memory (see `seconds`).
     `stop_at` asks for a stop just before that event would fire.  Traces are kept in `trace_dir`;
     without one they are removed after they have been judged.
+    What passes between the sides is written to `capture`, see `transport.CapturedTransport`.
     """
 
     memory: int = 64 << 20
@@ -94,6 +95,7 @@ class RunOptions:
     transport: str = "unix"
     stop_at: At | None = None
     trace_dir: Path | None = None
+    capture: Path | None = None
     peer_timeout: float = 5.0
     deadline: float | None = None
     injected: Injected = field(default_factory=Injected)

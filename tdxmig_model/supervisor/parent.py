@@ -255,10 +255,16 @@ def work_directory(options: RunOptions) -> Iterator[tuple[Path, Path]]:
     work = _private_directory()
     try:
         traces = options.trace_dir or work
-        try:
-            traces.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(f"cannot use {traces} for traces: {error.strerror}") from error
+        _make_folder(traces, "traces")
+        if options.capture is not None:
+            _make_folder(options.capture, "the capture")
         yield work, traces
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _make_folder(folder: Path, purpose: str) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot use {folder} for {purpose}: {error.strerror}") from error

@@ -35,7 +35,13 @@ from tdxmig_model.supervisor.child import (
 from tdxmig_model.supervisor.faults import FaultyTransport
 from tdxmig_model.supervisor.options import RunOptions, trace_path
 from tdxmig_model.trace import TraceWriter
-from tdxmig_model.transport import Listener, SocketTransport, Transport, connect
+from tdxmig_model.transport import (
+    CapturedTransport,
+    Listener,
+    SocketTransport,
+    Transport,
+    connect,
+)
 from tdxmig_model.wire.extensions import Capability, Hello, encode_forward
 
 PREMIGRATION_TIMEOUTS: Final = 3
@@ -66,6 +72,9 @@ def run_source(link: Link, options: RunOptions, place: Place) -> SideReport:
         return _never_began("source", backend, error)
     if options.injected.stream is not None:
         transport = FaultyTransport(transport, options.injected.stream)
+    captured: CapturedTransport | None = None
+    if options.capture is not None:
+        transport = captured = CapturedTransport(transport, options.capture)
     digests: list[tuple[str, tuple[str, ...]]] = []
 
     with TraceWriter(trace_path(place.traces, "source"), "source", session_id) as trace:
@@ -85,6 +94,8 @@ def run_source(link: Link, options: RunOptions, place: Place) -> SideReport:
             report.probes = _try_what_is_refused(session)
         report.steps_checked = session.enforcer.steps_checked
     report.trace_failure, report.whole = trace.failure, True
+    if captured is not None and captured.failure is not None:
+        report.outcome.cause = report.outcome.cause or captured.failure
     if digests:
         report.memory_digest, report.vcpu_digests = digests[-1]
     return report

@@ -24,7 +24,7 @@ Item = TypeVar("Item")
 Needs: TypeAlias = Generator[int, memoryview, Item]
 """A part of a parser: yields byte counts, receives those bytes, returns what it decoded."""
 
-MAX_RECORD_SIZE: Final = MAX_ENTRIES * (PAGE_SIZE + GPA_ENTRY_SIZE + MAC_SIZE) + PAGE_SIZE
+MAX_RECORD_SIZE: Final = MAX_ENTRIES * (PAGE_SIZE + GPA_ENTRY_SIZE + MAC_SIZE) + 2 * PAGE_SIZE
 """Upper bound in bytes for every record of every format here."""
 
 _NOTHING: Final = memoryview(b"")

@@ -5,6 +5,9 @@
     0x09 bundle                              immutable state
     be64 0x800, bundle                       epoch token
     be64 offset|0x400[|0x20] [u8 length, block name] bundle     memory; 0x20 = block as before
+    be64 offset|0x008[|0x20] [u8 length, block name] 4096 bytes shared page
+    be64 offset|0x002[|0x20] [u8 length, block name] u8         shared page full of that byte
+    be64 0x200 / be64 0x10                   multifd channels are in step / end of the pass
     0x0A bundle bundle ... [0x7E]            TD state, vCPU states, start token; footer
     0x54 message                             ours, see `extensions`
 
@@ -65,10 +68,11 @@ FLAG_CONTINUE: Final = 0x1
 _HEADER: Final = struct.Struct("<HH")
 _RAM: Final = struct.Struct(">Q")
 _FLAGS_MASK: Final = PAGE_SIZE - 1
-_START_TYPES: Final = frozenset({BundleType.IMMUTABLE_TD_STATE})
-_EPOCH_TYPES: Final = frozenset({BundleType.EPOCH_TOKEN})
-_MEMORY_TYPES: Final = frozenset({BundleType.MEM})
-_END_TYPES: Final = frozenset(
+_NO_BLOCK: Final = "no 0x20: no block was named yet"
+START_TYPES: Final = frozenset({BundleType.IMMUTABLE_TD_STATE})
+EPOCH_TYPES: Final = frozenset({BundleType.EPOCH_TOKEN})
+MEMORY_TYPES: Final = frozenset({BundleType.MEM})
+END_TYPES: Final = frozenset(
     {BundleType.MUTABLE_TD_STATE, BundleType.MUTABLE_VCPU_STATE, BundleType.EPOCH_TOKEN}
 )
 
@@ -86,6 +90,11 @@ class RamFlags(IntFlag):
     CONTINUE = 0x20
     CGS_STATE = 0x400
     CGS_EPOCH = 0x800
+
+
+# Flags of the records that name a page, and of those that are nothing but their be64.
+_PAGE_FLAGS: Final = (RamFlags.CGS_STATE, RamFlags.PAGE, RamFlags.ZERO)
+_MARKS: Final = (RamFlags.MULTIFD_FLUSH, RamFlags.END_OF_SECTION)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,6 +193,32 @@ class MemoryRecord:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedPage:
+    """RAM record 0x008 or 0x002: one page that the guest shares with the host, in the clear.
+
+    `page` is its 4096 bytes.  `fill`, 0 to 255, stands for all of them (0x002) and is then sent
+    instead; None sends `page`.  `offset`, `block` and `same_block` as in `MemoryRecord`.
+    """
+
+    offset: int
+    block: str
+    page: ByteBuffer
+    fill: int | None = None
+    same_block: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class MultifdFlush:
+    """RAM record 0x200: what follows comes after everything that the channels carry before their
+    next sync."""
+
+
+@dataclass(frozen=True, slots=True)
+class EndOfPass:
+    """RAM record 0x010: the end of the RAM records of a section."""
+
+
+@dataclass(frozen=True, slots=True)
 class EndSection:
     """0x0A: `Bundle` records follow, up to and with the start token."""
 
@@ -194,7 +229,17 @@ class Footer:
 
 
 Record: TypeAlias = (
-    StartSection | EpochRecord | MemoryRecord | EndSection | Bundle | Footer | Hello | SourceAbort
+    StartSection
+    | EpochRecord
+    | MemoryRecord
+    | SharedPage
+    | MultifdFlush
+    | EndOfPass
+    | EndSection
+    | Bundle
+    | Footer
+    | Hello
+    | SourceAbort
 )
 
 
@@ -205,15 +250,21 @@ def encode(record: Record) -> list[bytes | memoryview]:
     """
     match record:
         case StartSection(bundle):
-            return _encode_bundle(bytes((SECTION_START,)), bundle, _START_TYPES)
+            return _encode_bundle(bytes((SECTION_START,)), bundle, START_TYPES)
         case EpochRecord(bundle):
-            return _encode_bundle(_RAM.pack(RamFlags.CGS_EPOCH), bundle, _EPOCH_TYPES)
+            return _encode_bundle(_RAM.pack(RamFlags.CGS_EPOCH), bundle, EPOCH_TYPES)
         case MemoryRecord():
             return _encode_memory(record)
+        case SharedPage():
+            return _encode_shared(record)
+        case MultifdFlush():
+            return [_RAM.pack(RamFlags.MULTIFD_FLUSH)]
+        case EndOfPass():
+            return [_RAM.pack(RamFlags.END_OF_SECTION)]
         case EndSection():
             return [bytes((SECTION_END,))]
         case Bundle():
-            return _encode_bundle(b"", record, _END_TYPES)
+            return _encode_bundle(b"", record, END_TYPES)
         case Footer():
             return [bytes((FOOTER,))]
         case Hello() | SourceAbort():
@@ -264,7 +315,7 @@ class RecordParser(IncrementalParser[Record]):
         if first == 0:
             return (yield from self._parse_ram(at))
         if first == SECTION_START:
-            return StartSection((yield from _parse_bundle(at + 1, b"", _START_TYPES)))
+            return StartSection((yield from _parse_bundle(at + 1, b"", START_TYPES)))
         if first == EXTENSION_MARK:
             return (yield from parse_forward(at))
         bound = "0x00 RAM record, 0x09 start, 0x0a end, 0x54 message, 0x7e only after the end"
@@ -273,25 +324,39 @@ class RecordParser(IncrementalParser[Record]):
     def _parse_ram(self, at: int) -> Needs[Record]:
         word = int.from_bytes((yield 7), "big")
         offset, flags = word & ~_FLAGS_MASK, word & _FLAGS_MASK
-        if flags == RamFlags.CGS_EPOCH:
+        if flags in (RamFlags.CGS_EPOCH, *_MARKS):
             if offset:
-                raise fault("epoch record", at, "offset", hex(offset), "0")
-            return EpochRecord((yield from _parse_bundle(at + 8, b"", _EPOCH_TYPES)))
-        if flags & ~RamFlags.CONTINUE != RamFlags.CGS_STATE:
-            bound = "0x400 or 0x420 private memory, 0x800 epoch"
+                name = "epoch record" if flags == RamFlags.CGS_EPOCH else "RAM record"
+                raise fault(name, at, "offset", hex(offset), "0")
+            if flags == RamFlags.CGS_EPOCH:
+                return EpochRecord((yield from _parse_bundle(at + 8, b"", EPOCH_TYPES)))
+            return MultifdFlush() if flags == RamFlags.MULTIFD_FLUSH else EndOfPass()
+        kind = flags & ~RamFlags.CONTINUE
+        if kind not in _PAGE_FLAGS:
+            bound = "0x400 private memory, 0x8 or 0x2 shared, each with or without 0x20; "
+            bound += "0x800 epoch, 0x200 flush, 0x10 end"
             raise fault("RAM record", at + 6, "flags", hex(flags), bound)
         if offset >> ADDRESS_BITS:
             raise fault("RAM record", at, "offset", hex(offset), f"below 2**{ADDRESS_BITS}")
         same_block = bool(flags & RamFlags.CONTINUE)
+        return (yield from self._parse_page(at, offset, kind, same_block))
+
+    def _parse_page(self, at: int, offset: int, kind: int, same_block: bool) -> Needs[Record]:
+        """A record that names a page, from its block name on."""
         header_at = at + 8
         if not same_block:
             length = (yield 1)[0]
             self._block = yield from _parse_block(length, header_at)
             header_at += 1 + length
         if self._block is None:
-            raise fault("RAM record", at + 6, "flags", hex(flags), "0x400: no block was named yet")
-        bundle = yield from _parse_bundle(header_at, b"", _MEMORY_TYPES)
-        return MemoryRecord(offset, self._block, bundle, _cancels(bundle), same_block)
+            raise fault("RAM record", at + 6, "flags", hex(kind | RamFlags.CONTINUE), _NO_BLOCK)
+        if kind == RamFlags.ZERO:
+            fill = (yield 1)[0]
+            return SharedPage(offset, self._block, bytes((fill,)) * PAGE_SIZE, fill, same_block)
+        if kind == RamFlags.PAGE:
+            return SharedPage(offset, self._block, (yield PAGE_SIZE), None, same_block)
+        bundle = yield from _parse_bundle(header_at, b"", MEMORY_TYPES)
+        return MemoryRecord(offset, self._block, bundle, cancels(bundle), same_block)
 
     def _parse_chain(self) -> Generator[int | Record, memoryview, bool]:
         """The bundles of the end section.  True when they are complete, False when aborted."""
@@ -300,7 +365,7 @@ class RecordParser(IncrementalParser[Record]):
             if first[0] == EXTENSION_MARK:
                 yield (yield from parse_forward(self.offset, MessageType.SOURCE_ABORT))
                 return False
-            bundle = yield from _parse_bundle(self.offset, first, _END_TYPES)
+            bundle = yield from _parse_bundle(self.offset, first, END_TYPES)
             yield bundle
             if not bundle.header.another_follows:
                 return True
@@ -327,7 +392,7 @@ def _parse_bundle(at: int, head: bytes, allowed: frozenset[BundleType]) -> Needs
     fixed = head + bytes((yield HEADER_SIZE + MBMD_SIZE - len(head)))
     header = MigrationHeader.unpack(fixed[:HEADER_SIZE], stream_offset=at)
     mbmd = Mbmd.unpack(fixed, offset=HEADER_SIZE, stream_offset=at)
-    _check_head(header, mbmd, allowed, at)
+    check_head(header, mbmd, allowed, at)
     count = header.buf_list_num
     if not count:
         return Bundle(header, mbmd)
@@ -344,10 +409,11 @@ def _parse_bundle(at: int, head: bytes, allowed: frozenset[BundleType]) -> Needs
     return Bundle(header, mbmd, pages, gpa_list, bytes(body[macs_at:]))
 
 
-def _check_head(
+def check_head(
     header: MigrationHeader, mbmd: Mbmd, allowed: frozenset[BundleType], at: int
 ) -> None:
-    """Cross-check header, MBMD and the kind of record they stand in."""
+    """Cross-check header, MBMD and the kind of record they stand in, which is told by the types
+    that it can hold.  Raises WireError; `at` is where the bundle begins."""
     kind, count = mbmd.bundle_type, header.buf_list_num
     type_at = at + HEADER_SIZE + 6
     if kind not in allowed:
@@ -361,32 +427,46 @@ def _check_head(
         field_at = at + HEADER_SIZE + 24
         raise fault("MEM bundle", field_at, "num_gpas", mbmd.num_gpas, f"{count} (buf_list_num)")
     # Only the end section is a chain, and its start token is what ends it.
-    chained = allowed is _END_TYPES and not kind.is_token
+    chained = allowed is END_TYPES and not kind.is_token
     if header.another_follows != chained:
         raise fault(f"{kind.name} bundle", at, "flags", header.flags, str(int(chained)))
 
 
-def _encode_memory(record: MemoryRecord) -> list[bytes | memoryview]:
+def _page_head(record: MemoryRecord | SharedPage, kind: RamFlags) -> bytes:
+    """The be64 and the block name of a record that names a page."""
     if record.offset & _FLAGS_MASK or not 0 <= record.offset < 1 << ADDRESS_BITS:
         bound = f"4 KiB aligned, below 2**{ADDRESS_BITS}"
         raise fault("RAM record", 0, "offset", hex(record.offset), bound)
-    flags = RamFlags.CGS_STATE | (RamFlags.CONTINUE if record.same_block else 0)
-    head = _RAM.pack(record.offset | flags)
+    head = _RAM.pack(record.offset | kind | (RamFlags.CONTINUE if record.same_block else 0))
     name = _check_block(record.block, 9).encode("ascii")
-    if not record.same_block:
-        head += bytes((len(name),)) + name
-    buffers = _encode_bundle(head, record.bundle, _MEMORY_TYPES)
+    return head if record.same_block else head + bytes((len(name),)) + name
+
+
+def _encode_shared(record: SharedPage) -> list[bytes | memoryview]:
+    page = page_view(record.page, 0)
+    if record.fill is None:
+        return [_page_head(record, RamFlags.PAGE), page]
+    if not 0 <= record.fill <= 0xFF:
+        raise fault("shared page", 8, "fill", record.fill, "0 to 255")
+    if bytes(page) != bytes((record.fill,)) * PAGE_SIZE:
+        raise fault("shared page", 8, "fill", record.fill, "None: the page holds something else")
+    return [_page_head(record, RamFlags.ZERO) + bytes((record.fill,))]
+
+
+def _encode_memory(record: MemoryRecord) -> list[bytes | memoryview]:
+    head = _page_head(record, RamFlags.CGS_STATE)
+    buffers = _encode_bundle(head, record.bundle, MEMORY_TYPES)
     operations = entry_operations(entries_from_bytes(record.bundle.gpa_list))
     # A cancel that the module refused is a NOP, so a cancel record may have no CANCEL entry left.
     if record.cancel and (operations & 1).any():
         raise fault("memory record", 0, "cancel", True, "a GPA list without MIGRATE or REMIGRATE")
-    if not record.cancel and _cancels(record.bundle):
+    if not record.cancel and cancels(record.bundle):
         raise fault("memory record", 0, "cancel", False, "True: its GPA list says CANCEL")
     return buffers
 
 
-def _cancels(bundle: Bundle) -> bool:
-    """True when the GPA list has CANCEL entries and none that migrates."""
+def cancels(bundle: Bundle) -> bool:
+    """True when the GPA list of a memory bundle has CANCEL entries and none that migrates."""
     operations = entry_operations(entries_from_bytes(bundle.gpa_list))
     # MIGRATE and REMIGRATE are the odd operations.
     return bool(np.any(operations == GpaOperation.CANCEL)) and not bool((operations & 1).any())
@@ -397,7 +477,7 @@ def _encode_bundle(
 ) -> list[bytes | memoryview]:
     header, mbmd = bundle.header.pack(), bundle.mbmd.pack()
     at = len(head)
-    _check_head(bundle.header, Mbmd.unpack(mbmd), allowed, at)
+    check_head(bundle.header, Mbmd.unpack(mbmd), allowed, at)
     count = bundle.header.buf_list_num
     if len(bundle.pages) != count:
         raise fault("bundle", at + 2, "buf_list_num", count, f"{len(bundle.pages)} (pages)")
@@ -410,14 +490,15 @@ def _encode_bundle(
         if len(value) != size:
             raise fault("bundle", at, field, f"{len(value)} bytes", f"{size} bytes")
     buffers: list[bytes | memoryview] = [head + header + mbmd]
-    buffers += [_page(page, index) for index, page in enumerate(bundle.pages)]
+    buffers += [page_view(page, index) for index, page in enumerate(bundle.pages)]
     if memory:
         check_entries(entries_from_bytes(bundle.gpa_list))
         buffers += [bundle.gpa_list, bundle.macs]
     return buffers
 
 
-def _page(page: ByteBuffer, index: int) -> bytes | memoryview:
+def page_view(page: ByteBuffer, index: int) -> bytes | memoryview:
+    """Page `index` of a bundle as 4096 plain bytes, not copied.  Raises WireError."""
     if isinstance(page, bytes):
         view: bytes | memoryview = page
     else:
