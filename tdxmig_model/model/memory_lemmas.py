@@ -114,11 +114,12 @@ SOURCE_LEMMAS = (
                     n.log_kind[s.unfinished_bundle[i]].eq(MEM),
                     not_(n.log_complete[s.unfinished_bundle[i]]),
                     n.log_stream[s.unfinished_bundle[i]].eq(i),
+                    n.log_epoch[s.unfinished_bundle[i]].eq(s.mig_epoch),
                 ),
             ),
             lambda i: (s.unfinished[i],),
         ),
-        "An EXPORT.MEM that is under way makes a memory bundle of its stream.",
+        "An EXPORT.MEM that is under way makes a memory bundle of its stream, of this epoch.",
         "lemma",
     ),
     Property(
