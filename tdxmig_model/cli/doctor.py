@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from tdxmig_model import svg
-from tdxmig_model.backend import kvm
+from tdxmig_model.backend.kvm import probe as kvm
 from tdxmig_model.cli import output
 
 OLDEST_PYTHON = (3, 11)
@@ -75,7 +75,7 @@ HARDWARE = {
 
 
 def checks(kernel: kvm.Kernel | None = None, root: Path = Path("/")) -> list[Check]:
-    """Every check, in a fixed order.  ``kernel`` and ``root`` as in ``backend.kvm.probe``."""
+    """Every check, in a fixed order.  ``kernel`` and ``root`` as in ``backend.kvm.probe.probe``."""
     return [
         _python(),
         *(_package(name) for name in PACKAGES),
