@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Final
 
 from tdxmig_model.backend.kvm.calls import (
@@ -79,19 +80,36 @@ class UserMemory:
             raise Fault(f"{length} bytes at {theirs:#x}")
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Consecutive pages of a device: the number of the first one, how many, and the address at
+    which this process has them already, in shared memory."""
+
+    first: int
+    count: int
+    source: int
+
+    def within(self, first: int, count: int) -> Run | None:
+        """The part in ``count`` pages from ``first`` on, numbered from there; None if empty."""
+        start, past = max(self.first, first), min(self.first + self.count, first + count)
+        if start >= past:
+            return None
+        moved = self.source + (start - self.first) * PAGE_SIZE
+        return Run(start - first, past - start, moved)
+
+
 class Mappings:
     """Ranges of addresses that show pages of devices."""
 
     def __init__(self) -> None:
         self._libc = libc()
-        self._owners: dict[int, tuple[int, int]] = {}
+        self._ranges: dict[int, tuple[int, object]] = {}
 
-    def map(self, fd: int, length: int, pages: Iterable[tuple[int, int]]) -> int:
-        """Reserve ``length`` bytes and put pages there; the address or -errno.
+    def map(self, owner: object, fd: int, length: int, runs: Iterable[Run]) -> int:
+        """Reserve ``length`` bytes and show the pages there; the address or -errno.
 
-        ``pages`` are pairs of the page's number in the range and the address of the same page
-        elsewhere in this process, in shared memory.  ``fd`` is an empty file: touching a page of
-        the range that is not in ``pages`` is SIGBUS, as the driver's fault handler says.
+        ``fd`` is an empty file: touching a page of the range that is in no run is SIGBUS, as the
+        driver's fault handler has it.
         """
         length = rounded(length)
         if not 0 < length <= _LARGEST:
@@ -99,15 +117,17 @@ class Mappings:
         base = self._libc.mmap(None, length, PROT_READ_WRITE, MAP_SHARED, fd, 0)
         if base == MAP_FAILED:
             return failure()
-        for number, source in pages:
-            # An old size of 0 makes a second mapping of the same shared page.
-            target = base + number * PAGE_SIZE
-            moved = self._libc.mremap(source, 0, PAGE_SIZE, _MREMAP_MAYMOVE_FIXED, target)
-            if moved == MAP_FAILED:
+        for run in runs:
+            target = base + run.first * PAGE_SIZE
+            # An old size of 0 makes a second mapping of the same shared pages.
+            shown = self._libc.mremap(
+                run.source, 0, run.count * PAGE_SIZE, _MREMAP_MAYMOVE_FIXED, target
+            )
+            if shown == MAP_FAILED:
                 code = failure()
                 self._libc.munmap(base, length)
                 return code
-        self._owners[base] = (length, fd)
+        self._ranges[base] = (length, owner)
         return int(base)
 
     def unmap(self, address: int, length: int) -> int:
@@ -120,30 +140,33 @@ class Mappings:
         base = self._around(address, length)
         if base is None or address % PAGE_SIZE or length <= 0:
             return -errno.EINVAL
-        whole, owner = self._owners.pop(base)
         if self._libc.munmap(address, length):
-            code = failure()
-            self._owners[base] = (whole, owner)
-            return code
+            return failure()
+        whole, owner = self._ranges.pop(base)
         # What is left before and after is still mapped.
         for first, past in ((base, address), (address + length, base + whole)):
             if past > first:
-                self._owners[first] = (past - first, owner)
+                self._ranges[first] = (past - first, owner)
         return 0
 
     def _around(self, address: int, length: int) -> int | None:
-        for base, (whole, _) in self._owners.items():
+        for base, (whole, _) in self._ranges.items():
             if base <= address and address + length <= base + whole:
                 return base
         return None
 
-    def of(self, fd: int) -> bool:
-        """Whether anything of this device is still mapped."""
-        return any(owner == fd for _, owner in self._owners.values())
+    def owner(self, address: int) -> object:
+        """Whose pages are mapped at an address, or None."""
+        base = self._around(address, 1)
+        return None if base is None else self._ranges[base][1]
+
+    def of(self, owner: object) -> bool:
+        """Whether anything of this owner is still mapped."""
+        return any(other is owner for _, other in self._ranges.values())
 
     def unmap_all(self) -> None:
         """Take every range away."""
-        for base, (length, _) in list(self._owners.items()):
+        for base, (length, _) in list(self._ranges.items()):
             self.unmap(base, length)
 
 
