@@ -37,7 +37,9 @@ from tdxmig_model.wire.constants import PAGE_SIZE
 
 def errno_name(code: int) -> str:
     """The name and meaning of an errno, such as "EIO: Input/output error"."""
-    return f"{errno.errorcode.get(code, code)}: {os.strerror(code)}"
+    # Linux has two names for one number; the kernel uses this one.
+    name = "EOPNOTSUPP" if code == errno.EOPNOTSUPP else errno.errorcode.get(code, str(code))
+    return f"{name}: {os.strerror(code)}"
 
 
 def must(what: str, result: int) -> int:

@@ -295,11 +295,18 @@ class SoftKvm:
         if version != STREAM_ATTR_VERSION:
             return -errno.EINVAL
         try:
-            buffers = self._spare.pop() if self._spare else self.host.new_stream_buffers()
+            stream.take(self._buffers(stream.clamped(asked)), stream.clamped(asked))
         except BackendError:
             return -errno.ENOMEM
-        stream.take(buffers, stream.clamped(asked))
         return 0
+
+    def _buffers(self, pages: int) -> StreamBuffers:
+        """Those of a stream that is gone, or new ones."""
+        for spare in self._spare:
+            if spare.count >= pages:
+                self._spare.remove(spare)
+                return spare
+        return self.host.new_stream_buffers(pages)
 
     def _get_attributes(self, stream: Stream, attribute: int, address: int) -> int:
         if attribute != STREAM_ATTR.size:

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 
 from tdxmig_model.backend.kvm.abi import Dialect, TdxCommand
 from tdxmig_model.backend.soft.backend import SoftBackend
+from tdxmig_model.backend.soft.buffers import StreamBuffers
 from tdxmig_model.backend.soft.call import STREAM_COMMAND_BIT, Registers
 from tdxmig_model.backend.soft.gpa_entries import INVALID_BIT
 from tdxmig_model.backend.soft.host import Host, HostTd
@@ -39,7 +40,7 @@ from tdxmig_model.backend.soft.sept import EXPORTED_STATES, WRITE_BLOCKED_STATES
 from tdxmig_model.backend.soft.status import Status
 from tdxmig_model.backend.softkvm.stream import Stream
 from tdxmig_model.backend.softkvm.user import UserMemory
-from tdxmig_model.engine.commands import ExportBlockw, ExportUnblockw, Gpas, MemTrack
+from tdxmig_model.engine.commands import ExportUnblockw, Gpas, MemTrack
 from tdxmig_model.errors import BackendError
 from tdxmig_model.wire.constants import MAX_ENTRIES, PAGE_SIZE, START_EPOCH
 from tdxmig_model.wire.gpa_list import (
@@ -50,6 +51,8 @@ from tdxmig_model.wire.gpa_list import (
     entry_statuses,
 )
 
+_LIST_LEAVES = (Leaf.EXPORT_MEM, Leaf.IMPORT_MEM)
+_STATELESS = (Leaf.EXPORT_BLOCKW, Leaf.EXPORT_RESTORE)
 Operations: TypeAlias = NDArray[np.uint8]
 _STATUS_DETAILS = 0xFFFF_FFFF
 """RAX 31:0 of a success: how many entries had a problem."""
@@ -70,6 +73,7 @@ class Driver:
         self.protect = protect
         self.streams_created = 0
         self.default_stream: Stream | None = None
+        self._blocking: StreamBuffers | None = None
         self.vcpu_export_next = 0
         self.bugged = False
         self.finalized = self.is_source
@@ -107,6 +111,11 @@ class Driver:
         """A new stream, with the next index; -errno if the module makes no context for it."""
         stream = Stream(self.host.memory, self.streams_created)
         try:
+            if self.is_source and self._blocking is None:
+                self._blocking = self.host.new_stream_buffers(0)
+        except BackendError:
+            return -errno.ENOMEM
+        try:
             # With the first forward stream the backward one is created, before it.
             missing = stream.index + 1 - self.td.forward_streams
             if missing > 0:
@@ -131,9 +140,9 @@ class Driver:
         host, interrupt = self.host, self.module.interrupt
         registers = host.seamcall(leaf, lp=lp, interrupt=interrupt, **operands)
         while registers.rax == Status.TDX_INTERRUPTED_RESUMABLE:
-            if leaf in (Leaf.EXPORT_MEM, Leaf.IMPORT_MEM, Leaf.EXPORT_RESTORE):
+            if leaf in _LIST_LEAVES or leaf in _STATELESS:
                 operands["rcx"] = registers.rcx
-            if leaf is not Leaf.EXPORT_RESTORE:
+            if leaf not in _STATELESS:
                 operands["r10"] = operands.get("r10", 0) | STREAM_COMMAND_BIT
             registers = host.seamcall(leaf, lp=lp, interrupt=interrupt, **operands)
         self.last_status = registers.rax
@@ -164,8 +173,14 @@ class Driver:
     # --- source ----------------------------------------------------------------------------------
 
     def export_immutable(self, stream: Stream, data: int) -> int:
-        """Begin a session; the caller gets the number of pages."""
-        return self._export_state(Leaf.EXPORT_STATE_IMMUTABLE, stream, data, rcx=self.td.tdr)
+        """Begin a session; the caller gets the number of pages.
+
+        Every page counts as dirty: a VMM starts the dirty log with each migration.
+        """
+        code = self._export_state(Leaf.EXPORT_STATE_IMMUTABLE, stream, data, rcx=self.td.tdr)
+        if not code:
+            self.dirty[:] = True
+        return code
 
     def export_td(self, stream: Stream, data: int) -> int:
         """The state of the TD; the caller gets the number of pages."""
@@ -255,8 +270,10 @@ class Driver:
             return
         gpas = gfns * np.uint64(PAGE_SIZE)
         for start in range(0, gpas.size, MAX_ENTRIES):
-            result = self.module.execute(ExportBlockw(gpas[start : start + MAX_ENTRIES]))
-            if not result.ok:
+            assert self._blocking is not None  # it came with the first stream
+            rcx = self._blocking.gpa_list(build_entries(gpas[start : start + MAX_ENTRIES]))
+            registers = self._call(Leaf.EXPORT_BLOCKW, rcx=rcx, rdx=self.td.tdr)
+            if registers.rax & ~_STATUS_DETAILS:
                 self.bugged = True
                 return
         self.module.execute(MemTrack())

@@ -51,7 +51,7 @@ class Stream:
         if self.buffers is not None:
             self.retired.append(self.buffers)
         first = buffers.mbmd
-        past = buffers.buffers + MAX_ENTRIES * PAGE_SIZE
+        past = buffers.buffers + buffers.count * PAGE_SIZE
         self.memory.bytes[first:past] = bytes(past - first)
         self.buffers, self.buffer_pages = buffers, pages
 
