@@ -12,7 +12,7 @@ import pytest
 from tdxmig_model.backend.kvm.backend import MISSING, KvmBackend
 from tdxmig_model.backend.soft.backend import SoftBackend, soft_destination, soft_source
 from tdxmig_model.backend.softkvm import SoftKvm
-from tdxmig_model.engine.commands import Backend, Gpas, VcpuExit, VpEnter
+from tdxmig_model.engine.commands import Backend, Command, Gpas, Result, VcpuExit, VpEnter
 from tdxmig_model.engine.pages import NO_PAGES
 
 
@@ -28,6 +28,16 @@ class End:
         """Whether the backend can express it; a soft backend can do what KVM lacks."""
         assert capability in MISSING
         return self.kvm is None
+
+    def do(self, command: Command) -> Result:
+        """A command that must succeed."""
+        result = self.backend.execute(command)
+        assert result.ok, (command.name, result.status_name)
+        return result
+
+    @property
+    def state(self) -> object:
+        return self.truth.observe()["op_state"]
 
     def need(self, *capabilities: str) -> None:
         for capability in capabilities:
@@ -52,6 +62,13 @@ class End:
             self.kvm.shut_down()
 
 
+def exchange_keys(source: End, destination: End) -> None:
+    forward = source.truth.read_migration_encryption_key()
+    backward = destination.truth.read_migration_encryption_key()
+    source.truth.write_migration_decryption_key(backward)
+    destination.truth.write_migration_decryption_key(forward)
+
+
 class Ends:
     """Makes ends of the kinds of one pair, and closes them."""
 
@@ -66,6 +83,13 @@ class Ends:
     def destination(self, pages: int, *, vcpus: int, streams: int) -> End:
         truth = soft_destination(pages, vcpus=vcpus, streams=streams)
         return self._end(self.kinds[1], truth, streams)
+
+    def pair(self, pages: int, *, vcpus: int = 1, streams: int = 1) -> tuple[End, End]:
+        """Both ends, with the keys of a pre-migration."""
+        source = self.source(pages, vcpus=vcpus, streams=streams)
+        destination = self.destination(pages, vcpus=vcpus, streams=streams)
+        exchange_keys(source, destination)
+        return source, destination
 
     def _end(self, kind: str, truth: SoftBackend, streams: int) -> End:
         if kind == "soft":

@@ -107,8 +107,6 @@ def send_with_the_engine(pair: Pair, streams: int = 1) -> bytes:
     for number, gpa in enumerate(pair.gpas):
         assert not do(engine.export_memory(np.array([gpa]), number % streams)).unsent.size
     dirty = sorted({pair.run(0, 6) for _ in range(6)} - {None})
-    for gpa in dirty:
-        engine._writable.add(gpa)
     do(engine.pause())
     do(engine.start_epoch())
     for gpa in dirty:

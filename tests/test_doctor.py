@@ -58,7 +58,11 @@ class AnsweringKernel:
             return 12
         if request == abi.KVM_CHECK_EXTENSION:
             assert isinstance(argument, int)
-            return {abi.KVM_CAP_DEVICE_CTRL: 1, abi.KVM_CAP_VM_TYPES: self.vm_types}[argument]
+            return {
+                abi.KVM_CAP_DEVICE_CTRL: 1,
+                abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 3,
+                abi.KVM_CAP_VM_TYPES: self.vm_types,
+            }[argument]
         if request == abi.KVM_CREATE_VM:
             return self._new_descriptor()
         assert request == abi.KVM_CREATE_DEVICE
@@ -149,7 +153,14 @@ def test_a_device_that_may_not_be_opened_is_not_called_missing(
     kernel = AnsweringKernel(refuse={"/dev/kvm": code})
     findings = {f.name: f for f in kvm.probe(kernel, tmp_path)}
     assert errno.errorcode[code] in findings["kvm"].detail
-    for name in ("kvm", "kvm-api", "kvm-vm-types", "stream-device-gen-1a", "stream-device-gen-1b"):
+    for name in (
+        "kvm",
+        "kvm-api",
+        "kvm-dirty-log",
+        "kvm-vm-types",
+        "stream-device-gen-1a",
+        "stream-device-gen-1b",
+    ):
         assert findings[name].status == status
 
 
@@ -157,7 +168,7 @@ def test_a_device_that_may_not_be_opened_is_not_called_missing(
     ("request_number", "unknown"),
     [
         (abi.KVM_GET_API_VERSION, {"kvm-api"}),
-        (abi.KVM_CHECK_EXTENSION, {"kvm-device-ctrl", "kvm-vm-types"}),
+        (abi.KVM_CHECK_EXTENSION, {"kvm-device-ctrl", "kvm-dirty-log", "kvm-vm-types"}),
         (abi.KVM_CREATE_VM, {"stream-device-gen-1a", "stream-device-gen-1b"}),
         (abi.KVM_CREATE_DEVICE, {"stream-device-gen-1a", "stream-device-gen-1b"}),
     ],

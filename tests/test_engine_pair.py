@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
-from ends import End, Ends
+from ends import End, Ends, exchange_keys
 
 from tdxmig_model.backend.soft.backend import SoftBackend
 from tdxmig_model.engine import (
@@ -172,13 +172,6 @@ class DestinationSide:
         return self.truth.observe()["op_state"]
 
 
-def set_keys(source: SoftBackend, destination: SoftBackend) -> None:
-    forward = source.read_migration_encryption_key()
-    backward = destination.read_migration_encryption_key()
-    source.write_migration_decryption_key(backward)
-    destination.write_migration_decryption_key(forward)
-
-
 def new_source(ends: Ends) -> End:
     return ends.source(PAGES, vcpus=VCPUS, streams=STREAMS)
 
@@ -197,7 +190,7 @@ def connected(
     near, far = memory_pair(forward=faults or Faults())
     source = SourceSide(near, source_end or new_source(ends), capabilities=capabilities)
     destination = DestinationSide(far, new_destination(ends), capabilities=capabilities)
-    set_keys(source.truth, destination.truth)
+    exchange_keys(source.end, destination.end)
     return source, destination
 
 
@@ -273,7 +266,7 @@ def test_it_works_over_sockets_with_each_side_in_its_own_thread(
     with Listener(address) as listener:
         source = SourceSide(connect(listener.address), new_source(ends))
         destination = DestinationSide(listener.accept(), new_destination(ends))
-    set_keys(source.truth, destination.truth)
+    exchange_keys(source.end, destination.end)
 
     def receive() -> None:
         try:
@@ -339,7 +332,7 @@ def test_other_keys_end_it_before_anything_is_imported(ends: Ends) -> None:
     near, far = memory_pair()
     source = SourceSide(near, new_source(ends))
     destination = DestinationSide(far, new_destination(ends))
-    set_keys(source.truth, destination.truth)
+    exchange_keys(source.end, destination.end)
     destination.truth.write_migration_decryption_key(bytes(range(32)))
     source.do(source.engine.setup())
     destination.serve()

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from soft_pair import Pair
 
+from tdxmig_model import names
 from tdxmig_model.backend.kvm import abi
 from tdxmig_model.backend.kvm.backend import CAPABILITIES, MISSING, KvmBackend
 from tdxmig_model.backend.kvm.calls import LinuxCalls
@@ -132,6 +133,14 @@ def test_layouts_and_commands_are_those_of_the_headers():
     assert (STATE_PAGES, MBMD_ROOM) == (5, 0xFFF << 52)
 
 
+def test_commands_have_the_numbers_of_the_name_table():
+    for row in names.NAMES:
+        for command in (row.kvm, row.kvm_inside):
+            if command is not None:
+                short = command.name.removeprefix("KVM_TDX_")
+                assert abi.TdxCommand[short] == command.id
+
+
 # --- set-up and close ----------------------------------------------------------------------------
 
 
@@ -184,6 +193,44 @@ def test_the_calls_of_linux_answer_as_the_kernel_does(tmp_path):
     assert calls.close(fd) == -errno.EBADF
     with pytest.raises(BackendError, match="EBADF: Bad file descriptor"):
         KvmBackend(calls, fd, slot_pages=1)
+
+
+def test_a_real_kvm_without_the_device_is_told():
+    try:
+        kvm = os.open(abi.KVM_DEVICE_PATH, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        pytest.skip(f"no {abi.KVM_DEVICE_PATH} here: {error.strerror}")
+    calls = LinuxCalls()
+    vm = calls.ioctl(kvm, abi.KVM_CREATE_VM, abi.KVM_X86_DEFAULT_VM)
+    os.close(kvm)
+    if vm < 0:
+        pytest.skip(f"KVM makes no virtual machine here: {os.strerror(-vm)}")
+    try:
+        for dialect in abi.DIALECTS:
+            assert trouble_with(calls, vm, dialect) in ("", "KVM_CREATE_DEVICE of type")
+    finally:
+        calls.close(vm)
+
+
+def trouble_with(calls, vm, dialect):
+    """How the first call that a kernel refuses begins; empty if there is none."""
+    try:
+        KvmBackend(calls, vm, slot_pages=1, dialect=dialect).close()
+    except BackendError as error:
+        return str(error)[: len("KVM_CREATE_DEVICE of type")]
+    return ""
+
+
+def test_ready_is_what_the_kernel_says_and_silence_is_an_error(kvms):
+    pair, kvm, _ = kvms()
+    assert backend(kvm).is_ready()
+    pair.new_destination(0)
+    fresh = SoftKvm(pair.destination_host, pair.destination.td)
+    assert not backend(fresh).is_ready()
+    fresh.shut_down()
+    calls = Refusing(kvm, refuse=7, code=errno.EINVAL)
+    with pytest.raises(BackendError, match="GET_MIGRATION_INFO failed with EINVAL"):
+        backend(kvm, calls).is_ready()
 
 
 # --- what it says --------------------------------------------------------------------------------

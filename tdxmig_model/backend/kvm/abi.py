@@ -15,7 +15,6 @@ from enum import IntEnum
 from typing import Final
 
 from tdxmig_model.errors import UsageError
-from tdxmig_model.wire.constants import PAGE_SIZE
 
 KVM_DEVICE_PATH = "/dev/kvm"
 KVM_MAGIC = 0xAE
@@ -86,7 +85,7 @@ GPA_LIST_OFFSET: Final = 1
 MAC_LIST_OFFSET: Final = 2
 BUFFERS_OFFSET: Final = 4
 """Where the parts of a stream are mapped, in pages of 4096 bytes."""
-MACS_PER_PAGE: Final = PAGE_SIZE // 16
+MACS_PER_PAGE: Final = 256
 
 IN_ORDER_DONE: Final = 1 << 63
 """What EXPORT_TRACK takes for the start token; the driver looks for any value but 0."""

@@ -18,16 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tdxmig_model.backend.kvm.abi import (
-    CLEAR_DIRTY_LOG,
-    DIRTY_LOG,
-    DIRTY_LOG_ALIGNMENT,
+    GET_MIGRATION_INFO,
     IN_ORDER_DONE,
-    KVM_CLEAR_DIRTY_LOG,
-    KVM_GET_DIRTY_LOG,
+    KVM_MEMORY_ENCRYPT_OP,
     TdxCommand,
     dialect_named,
 )
 from tdxmig_model.backend.kvm.calls import SystemCalls
+from tdxmig_model.backend.kvm.dirty_log import DirtyLog
 from tdxmig_model.backend.kvm.stream import StreamDevice, errno_name, must
 from tdxmig_model.backend.soft.status import is_error, status_name
 from tdxmig_model.engine.commands import (
@@ -106,7 +104,8 @@ class KvmBackend:
     """The streams of one TD in KVM, as the engine's Backend.
 
     ``vm_fd`` is the TD's VM descriptor, whose memory slot 0 has ``slot_pages`` guest frames from 0
-    on.  ``streams`` devices are created, stream 0 first, with ``buffer_pages`` buffers each.
+    on, with the dirty log on and cleared by hand (KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2).  ``streams``
+    devices are created, stream 0 first, with ``buffer_pages`` buffers each.
     BackendError: the kernel has no such device, or refuses one; nothing stays open then.
     """
 
@@ -123,12 +122,13 @@ class KvmBackend:
         if streams < 1 or slot_pages < 1:
             raise UsageError(f"{streams} streams for {slot_pages} pages: at least one of each")
         self.dialect = dialect_named(dialect)
-        self.vm_fd, self.slot_pages = vm_fd, slot_pages
+        self.vm_fd = vm_fd
         self._calls = calls
+        self._log = DirtyLog(calls, vm_fd, slot_pages)
         self._streams: list[StreamDevice] = []
         self._exported_end = 0
         self._start_token = False
-        self._restored = False
+        self._exporting = self._restored = False
         try:
             for _ in range(streams):
                 self._streams.append(StreamDevice(calls, vm_fd, self.dialect, buffer_pages))
@@ -185,15 +185,23 @@ class KvmBackend:
         needed = MISSING["page_states"]
         raise BackendError("page_states", errno.EOPNOTSUPP, f"needs {needed}", f"{gpas.size} pages")
 
+    def is_ready(self) -> bool:
+        """Whether the pre-migration is done.  BackendError: the kernel does not answer."""
+        info = ctypes.create_string_buffer(GET_MIGRATION_INFO.pack(0, 0))
+        raw = self.dialect.pack(TdxCommand.GET_MIGRATION_INFO, ctypes.addressof(info))
+        command = ctypes.create_string_buffer(raw)
+        address = ctypes.addressof(command)
+        code = self._calls.ioctl(self.vm_fd, KVM_MEMORY_ENCRYPT_OP, address)
+        must("KVM_TDX_GET_MIGRATION_INFO", code)
+        done: int = GET_MIGRATION_INFO.unpack(info.raw[: GET_MIGRATION_INFO.size])[1]
+        return done != 0
+
     def dirty_pages(self) -> Gpas:
         """GPAs that the dirty log has now; reading does not clear it.  Shape ``(n,)``."""
-        words = -(-self.slot_pages // 64)
-        bitmap = np.zeros(words * 8, dtype=np.uint8)
-        argument = ctypes.create_string_buffer(DIRTY_LOG.pack(0, 0, bitmap.ctypes.data))
-        address = ctypes.addressof(argument)
-        must("KVM_GET_DIRTY_LOG", self._calls.ioctl(self.vm_fd, KVM_GET_DIRTY_LOG, address))
-        bits = np.unpackbits(bitmap, count=self.slot_pages, bitorder="little")
-        return np.flatnonzero(bits).astype(np.uint64) * np.uint64(PAGE_SIZE)
+        found = self._log.read()
+        if isinstance(found, int):
+            raise BackendError("KVM_GET_DIRTY_LOG", -found, errno_name(-found))
+        return found
 
     def close(self) -> None:
         """Unmap and close every stream; the VM descriptor stays the caller's.  Idempotent."""
@@ -246,6 +254,7 @@ class KvmBackend:
     def _export_immutable(self) -> Result:
         result = self._export_state(TdxCommand.MIG_EXPORT_STATE_IMMUTABLE, 0)
         if result.ok:
+            self._exporting = True
             self._start_token = self._restored = False
             self._exported_end = 0
         return result
@@ -264,21 +273,9 @@ class KvmBackend:
 
     def _block(self, command: ExportBlockw) -> Result:
         """Clear the dirty log, which write-blocks the pages; the kernel tells nothing of each."""
-        gfns = np.unique(command.gpas // np.uint64(PAGE_SIZE)).astype(np.intp)
-        gfns = gfns[gfns < self.slot_pages]
-        if gfns.size:
-            first = int(gfns[0]) // DIRTY_LOG_ALIGNMENT * DIRTY_LOG_ALIGNMENT
-            past = (int(gfns[-1]) // DIRTY_LOG_ALIGNMENT + 1) * DIRTY_LOG_ALIGNMENT
-            count = min(past, self.slot_pages) - first
-            chosen = np.zeros(past - first, dtype=np.bool_)
-            chosen[gfns - first] = True
-            bitmap = np.packbits(chosen, bitorder="little")
-            raw = CLEAR_DIRTY_LOG.pack(0, count, first, bitmap.ctypes.data)
-            argument = ctypes.create_string_buffer(raw)
-            address = ctypes.addressof(argument)
-            code = self._calls.ioctl(self.vm_fd, KVM_CLEAR_DIRTY_LOG, address)
-            if code:
-                return refusal(-code)
+        code = self._log.clear(command.gpas)
+        if code:
+            return refusal(-code)
         return Result(0, "TDX_SUCCESS", statuses=np.zeros(command.gpas.size, dtype=np.uint8))
 
     def _export_mem(self, command: ExportMem) -> Result:
@@ -306,13 +303,16 @@ class KvmBackend:
         return self._ended(stream, 0, bundle=self._bundle(stream, 0))
 
     def _export_abort(self, command: ExportAbort) -> Result:
-        """After the start token the driver would answer 0 although nothing was aborted."""
+        """The driver answers 0 whether or not anything was aborted, so it is not asked in vain."""
         if command.token is not None or self._start_token:
             return not_in_abi("abort_token")
+        if not self._exporting:
+            return refusal(errno.EINVAL, "no session was begun on these streams")
         stream = self._stream(0)
         end = self._exported_end if self.dialect.abort_takes_end else None
         code = stream.command(TdxCommand.MIG_EXPORT_ABORT, end)
         self._restored = code == 0
+        self._exporting = code != 0
         return self._ended(stream, code)
 
     def _export_restore(self, command: ExportRestore) -> Result:

@@ -19,6 +19,7 @@ from tdxmig_model.backend.kvm.abi import (
     CREATE_DEVICE,
     KVM_API_VERSION,
     KVM_CAP_DEVICE_CTRL,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
     KVM_CAP_VM_TYPES,
     KVM_CHECK_EXTENSION,
     KVM_CREATE_DEVICE,
@@ -145,6 +146,7 @@ def _why(error: OSError) -> str:
 _KVM_QUESTIONS = (
     "kvm-api",
     "kvm-device-ctrl",
+    "kvm-dirty-log",
     "kvm-vm-types",
     *(f"stream-device-{dialect.lower()}" for dialect in STREAM_DEVICE_TYPES),
 )
@@ -166,6 +168,7 @@ def _kvm_device(kernel: Kernel) -> list[Finding]:
             Finding("kvm", "ok", f"{KVM_DEVICE_PATH} is open"),
             _asked("kvm-api", lambda: _api_version(kernel, kvm)),
             _asked("kvm-device-ctrl", lambda: _device_control(kernel, kvm)),
+            _asked("kvm-dirty-log", lambda: _dirty_log(kernel, kvm)),
             _asked("kvm-vm-types", lambda: _vm_types(kernel, kvm)),
             *_stream_devices(kernel, kvm),
         ]
@@ -189,6 +192,11 @@ def _api_version(kernel: Kernel, kvm: int) -> tuple[str, str]:
 def _device_control(kernel: Kernel, kvm: int) -> tuple[str, str]:
     answer = kernel.ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_DEVICE_CTRL)
     return ("ok" if answer > 0 else "missing"), f"KVM_CAP_DEVICE_CTRL = {answer}"
+
+
+def _dirty_log(kernel: Kernel, kvm: int) -> tuple[str, str]:
+    answer = kernel.ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
+    return ("ok" if answer > 0 else "missing"), f"KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 = {answer}"
 
 
 def _vm_types(kernel: Kernel, kvm: int) -> tuple[str, str]:

@@ -50,6 +50,8 @@ from tdxmig_model.engine.commands import VcpuExit, VpEnter
 from tdxmig_model.errors import BackendError
 from tdxmig_model.wire.constants import MAX_STREAMS, PAGE_SIZE
 
+MEMORY_SLOTS: Final = 32764
+"""Slots that KVM lets user space have; of this VM's, slot 0 is in use."""
 REQUEST_MASK: Final = 0xFFFF_FFFF
 _NAME: Final = "kvm-tdx-mig"
 
@@ -119,10 +121,13 @@ class SoftKvm:
             self._handles[fd] = _Handle(fd, stream)
             return fd
 
-    def ioctl(self, fd: int, request: int, address: int) -> int:
-        """0 or more, or -errno.  ``request`` counts as 32 bits and ``address`` as 64."""
+    def ioctl(self, fd: int, request: int, address: int | None) -> int:
+        """0 or more, or -errno.  ``request`` counts as 32 bits and ``address`` as 64.
+
+        None is the null pointer, as ctypes hands it over.
+        """
         with self._lock:
-            request, address = request & REQUEST_MASK, address & ADDRESS_MASK
+            request, address = request & REQUEST_MASK, (address or 0) & ADDRESS_MASK
             try:
                 if fd == self.vm_fd:
                     return self._vm_ioctl(request, address)
@@ -150,10 +155,10 @@ class SoftKvm:
             shown = [part for part in parts if part is not None]
             return self._mappings.map(handle, fd, length, shown)
 
-    def munmap(self, address: int, length: int) -> int:
+    def munmap(self, address: int | None, length: int) -> int:
         """Take a mapping, or pages of it, away: 0 or -errno; EINVAL if it is no mapping of ours."""
         with self._lock:
-            code = self._mappings.unmap(address, length)
+            code = self._mappings.unmap(address or 0, length)
             self._release_unmapped()
             return code
 
@@ -233,7 +238,7 @@ class SoftKvm:
         """The log as it is; nothing is cleared by reading it."""
         slot, _, bitmap = DIRTY_LOG.unpack(self._user.read(address, DIRTY_LOG.size))
         if slot:
-            return -errno.ENOENT
+            return -(errno.ENOENT if slot < MEMORY_SLOTS else errno.EINVAL)
         bits = np.packbits(self._driver.dirty, bitorder="little").tobytes()
         self._user.write(bitmap, bits.ljust(-(-len(bits) // 8) * 8, b"\0"))
         return 0
@@ -242,7 +247,7 @@ class SoftKvm:
         raw = self._user.read(address, CLEAR_DIRTY_LOG.size)
         slot, count, first, bitmap = CLEAR_DIRTY_LOG.unpack(raw)
         if slot:
-            return -errno.ENOENT
+            return -(errno.ENOENT if slot < MEMORY_SLOTS else errno.EINVAL)
         last = first + count
         aligned = not first % DIRTY_LOG_ALIGNMENT and (
             not count % DIRTY_LOG_ALIGNMENT or last == self.slot_pages

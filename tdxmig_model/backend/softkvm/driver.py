@@ -326,7 +326,8 @@ class Driver:
         entries = stream.entries(count)
         gpas, operations = entry_gpas(entries), entry_operations(entries)
         wanted = (operations != GpaOperation.NOP) & (operations != GpaOperation.CANCEL)
-        first = wanted & ~np.isin(gpas, _column(self.td.page_hpas))
+        held = self.td.page_hpas
+        first = wanted & np.array([gpa not in held for gpa in gpas.tolist()], dtype=np.bool_)
         if (gpas[wanted] >= np.uint64(self.slot_pages * PAGE_SIZE)).any():
             return -errno.EIO
         if (operations[first] != GpaOperation.MIGRATE).any():
@@ -400,7 +401,3 @@ class Driver:
                 return -errno.EIO
             self.finalized = True
         return 0
-
-
-def _column(held: dict[int, int]) -> Gpas:
-    return np.fromiter(held, dtype=np.uint64, count=len(held))
