@@ -270,6 +270,26 @@ def test_a_stream_lives_as_long_as_its_mappings(callers):
     assert ends.pair.source.observe()["num_migs"] == 3  # an index that there was before
 
 
+def test_the_buffers_of_a_new_stream_are_empty(callers):
+    caller = callers().source
+    first = caller.stream(512)
+    for page, count in ((0, 4), (4, 512)):
+        caller.put(first, page, b"\x5a" * 4096 * count)
+    assert caller.kvm.close(first) == 0
+    second = caller.stream(300)
+    assert not any(caller.get(second, 0, 4096 * 304))
+
+
+def test_a_wide_stream_does_not_take_the_place_of_a_narrow_one(callers):
+    caller = callers().source
+    narrow, neighbour = caller.stream(5), caller.stream(5)
+    assert caller.kvm.close(narrow) == 0
+    wide = caller.stream(512)
+    caller.put(wide, 4, b"\x5a" * 4096 * 512)
+    assert not any(caller.get(neighbour, 0, 3 * 4096))
+    assert not any(caller.get(neighbour, 4, 5 * 4096))
+
+
 # --- addresses -----------------------------------------------------------------------------------
 
 
@@ -299,6 +319,17 @@ def test_bad_addresses_are_faults(callers):
     # What the driver writes back it writes when the module is done.
     assert ends.source.call(here[0], EXPORT_VP, None, read_only) == -errno.EFAULT
     assert ends.source.call(here[0], EXPORT_VP, 0) == -errno.EINVAL
+
+
+def test_a_structure_that_ends_on_no_page_is_a_fault(callers):
+    caller = callers().source
+    fd = caller.stream()
+    at = caller.kvm.mmap(fd, 2 * 4096, 4 * 4096)
+    assert caller.kvm.munmap(at + 4096, 4096) == 0
+    for length in (1, 8, 23):
+        assert caller.kvm.ioctl(fd, COMMAND, at + 4096 - length) == -errno.EFAULT
+    # The same bytes where all of them are there: id 0, which no stream has.
+    assert caller.kvm.ioctl(fd, COMMAND, at + 4096 - 32) == -errno.EINVAL
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -197,6 +197,36 @@ def test_an_abort_restores_what_its_dialect_says(callers, dialect, end, restored
     assert ends.source.entries(here[0], 2)[0] & -4096 & (1 << 52) - 1 == (restored - 1) << 12
 
 
+def test_an_abort_needs_the_default_stream(callers):
+    ends = callers()
+    here, _ = begin(ends, 2, pages=5)
+    assert ends.source.kvm.close(here[0]) == 0
+    assert ends.source.call(here[1], ABORT, PAGES) == -errno.EINVAL
+    assert ends.pair.state(ends.pair.source) == "LIVE_EXPORT"
+
+
+def test_every_page_is_dirty_when_a_session_begins(callers):
+    ends = callers(clear_dirty_log=False)
+    fd = ends.source.stream()
+    assert clear_log(ends.source, 0, PAGES) == 0
+    assert not dirty_log(ends.source).any()
+    ends.source.ok(fd, EXPORT_IMMUTABLE)
+    assert dirty_log(ends.source).all()
+
+
+def test_an_entry_without_a_buffer_is_not_exported(callers):
+    """A count of 0 asks for 512 entries, and for no buffer."""
+    ends = callers()
+    here, _ = begin(ends, pages=300)
+    ends.source.ok(here[0], PAUSE, None)
+    entries = bytearray(4096)
+    for index, gpa in ((299, 0x1000), (300, 0x2000)):
+        struct.pack_into("<Q", entries, 8 * index, gpa | MIGRATE)
+    ends.source.put(here[0], 1, bytes(entries))
+    assert ends.source.call(here[0], EXPORT_MEM, 0) == 0
+    assert {entry >> 56 for entry in ends.source.entries(here[0], 301)[299:]} == {8}
+
+
 def test_after_the_start_token_an_abort_aborts_nothing_and_says_so_neither(callers):
     ends = callers()
     here, there = begin(ends)

@@ -325,4 +325,4 @@ class SoftKvm:
         for handle in [h for h in self._leaving if not self._mappings.of(h)]:
             self._leaving.remove(handle)
             self._spare += handle.stream.all_buffers()
-            self._driver.release_stream()
+            self._driver.release_stream(handle.stream)

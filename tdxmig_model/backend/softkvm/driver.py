@@ -127,10 +127,10 @@ class Driver:
             self.default_stream = stream
         return stream
 
-    def release_stream(self) -> None:
+    def release_stream(self, stream: Stream) -> None:
         """A stream's last descriptor and mapping are gone."""
         self.streams_created -= 1
-        if not self.streams_created:
+        if self.default_stream is stream:
             self.default_stream = None
 
     # --- parts of commands -----------------------------------------------------------------------
@@ -236,9 +236,9 @@ class Driver:
     def export_abort(self, _stream: Stream, data: int) -> int:
         """End the session and restore pages; whether the module aborted is not told."""
         end = self.user.read_u64(data) if self.dialect.abort_takes_end else self.slot_pages
-        self._call(Leaf.EXPORT_ABORT, rcx=self.td.tdr)
         if self.default_stream is None or self.default_stream.buffers is None:
             return -errno.EINVAL
+        self._call(Leaf.EXPORT_ABORT, rcx=self.td.tdr)
         gpas = self.module.page_gpas()
         states = self.module.page_states(gpas)
         exported = gpas[np.isin(states, [int(state) for state in EXPORTED_STATES])]

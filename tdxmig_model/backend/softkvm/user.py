@@ -138,7 +138,7 @@ class Mappings:
         """
         length = rounded(length)
         base = self._around(address, length)
-        if base is None or address % PAGE_SIZE or length <= 0:
+        if base is None or length <= 0:
             return -errno.EINVAL
         if self._libc.munmap(address, length):
             return failure()
