@@ -37,6 +37,7 @@ from kvm_caller import (
     TYPES,
     Caller,
     begin,
+    clear_log,
     dirty_log,
     gpas_of,
 )
@@ -173,6 +174,31 @@ def test_without_the_key_the_pre_migration_is_not_done(callers):
     assert kvm.ioctl(kvm.vm_fd, COMMAND, ctypes.addressof(command)) == 0
     assert data.raw == bytes(8)
     kvm.shut_down()
+
+
+def test_without_memory_for_its_buffers_a_stream_is_refused(callers):
+    caller = callers().source
+    streams = [caller.stream(512) for _ in range(2)]
+    fd = caller.kvm.create_device(11, False)
+    assert caller.attributes(fd, SET_ATTR, 512)[0] == -errno.ENOMEM
+    assert caller.kvm.close(streams.pop()) == 0
+    assert caller.attributes(fd, SET_ATTR, 512)[0] == 0
+    caller.ok(streams[0], EXPORT_IMMUTABLE)
+
+
+def test_after_the_td_is_gone_every_command_is_eio_and_cleaning_up_works(callers):
+    ends = callers()
+    here, there = begin(ends)
+    ends.pair.source.close()
+    ends.pair.destination.close()
+    for caller, fd in ((ends.source, here[0]), (ends.destination, there[0])):
+        view = caller.view(fd, 0)
+        assert {caller.call(fd, number, 1) for number in range(9, 22)} == {-errno.EIO}
+        assert caller.call(caller.kvm.vm_fd, 8) == -errno.EIO
+        assert clear_log(caller, 0, 0) == 0
+        assert caller.attributes(fd, GET_ATTR)[0] == 0
+        assert caller.kvm.munmap(ctypes.addressof(view), 4096) == 0
+        assert caller.kvm.close(fd) == 0
 
 
 # --- mappings ------------------------------------------------------------------------------------

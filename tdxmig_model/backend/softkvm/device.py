@@ -262,6 +262,8 @@ class SoftKvm:
 
     def _vm_command(self, address: int) -> int:
         number, data, _ = self.dialect.unpack(self._user.read(address, self.dialect.command.size))
+        if self._driver.td.destroyed:
+            return -errno.EIO
         if number == TdxCommand.SET_MIGRATION_INFO:
             raw = self._user.read(data, SET_MIGRATION_INFO.size)
             return -errno.EINVAL if SET_MIGRATION_INFO.unpack(raw)[0] else 0
@@ -293,7 +295,8 @@ class SoftKvm:
         command = self._driver.commands.get(number)
         if command is None or stream.buffers is None:
             return -errno.EINVAL
-        return command(stream, data)
+        # As KVM answers for a VM that is dead: the TD was taken down.
+        return -errno.EIO if self._driver.td.destroyed else command(stream, data)
 
     def _set_attributes(self, stream: Stream, address: int) -> int:
         version, asked, _ = STREAM_ATTR.unpack(self._user.read(address, STREAM_ATTR.size))

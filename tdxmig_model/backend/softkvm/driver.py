@@ -266,7 +266,7 @@ class Driver:
         """Clear the log of these pages; from then on a write to one of them is noticed."""
         gfns = gfns[gfns < self.slot_pages]
         self.dirty[gfns.astype(np.intp)] = False
-        if self.op_state is not OpState.LIVE_EXPORT:
+        if self.td.destroyed or self.op_state is not OpState.LIVE_EXPORT:
             return
         gpas = gfns * np.uint64(PAGE_SIZE)
         for start in range(0, gpas.size, MAX_ENTRIES):
