@@ -32,7 +32,7 @@ from tdxmig_model.backend.kvm.abi import Dialect, TdxCommand
 from tdxmig_model.backend.soft.backend import SoftBackend
 from tdxmig_model.backend.soft.buffers import StreamBuffers
 from tdxmig_model.backend.soft.call import STREAM_COMMAND_BIT, Registers
-from tdxmig_model.backend.soft.gpa_entries import INVALID_BIT
+from tdxmig_model.backend.soft.gpa_entries import INVALID_BIT, OPERATION_SHIFT, STATUS_MASK
 from tdxmig_model.backend.soft.host import Host, HostTd
 from tdxmig_model.backend.soft.memory import PageType
 from tdxmig_model.backend.soft.op_state import Leaf, OpState
@@ -242,19 +242,19 @@ class Driver:
         gpas = self.module.page_gpas()
         states = self.module.page_states(gpas)
         exported = gpas[np.isin(states, [int(state) for state in EXPORTED_STATES])]
-        for gpa in exported[exported < np.uint64(min(end, 1 << 40) * PAGE_SIZE)]:
+        for gpa in exported[exported < np.uint64(min(end, 1 << 40) * PAGE_SIZE)].tolist():
             code = self._restore(self.default_stream, gpa)
             if code:
                 return code
         return 0
 
-    def _restore(self, stream: Stream, gpa: np.uint64) -> int:
+    def _restore(self, stream: Stream, gpa: int) -> int:
         """One page, by the GPA list that the caller of the default stream sees."""
-        stream.write_entry(int(build_entries([gpa])[0]))
+        stream.write_entry(gpa | GpaOperation.MIGRATE << OPERATION_SHIFT)
         registers = self._call(Leaf.EXPORT_RESTORE, rcx=stream.gpa_list(1), rdx=self.td.tdr)
         if registers.rax & ~_STATUS_DETAILS:
             return -errno.EIO
-        return -errno.EPERM if entry_statuses(stream.entries(1))[0] else 0
+        return -errno.EPERM if stream.entry() & STATUS_MASK else 0
 
     # --- dirty log -------------------------------------------------------------------------------
 

@@ -105,9 +105,13 @@ class Stream:
 
     def write_entry(self, entry: int) -> None:
         """A GPA list of one entry, and nothing after it."""
-        words = self.memory.page_words(self._set().gpas)
-        words[:] = 0
-        words[0] = entry
+        page = self._set().gpas
+        self.memory.zero_page(page)
+        self.memory.words[page >> 3] = entry
+
+    def entry(self) -> int:
+        """The first entry of the GPA list."""
+        return self.memory.words[self._set().gpas >> 3]
 
     def memory_operands(self, count: int) -> dict[str, int]:
         """R8, R9, R11 and R12 of a leaf that works on ``count`` pages."""
