@@ -148,8 +148,11 @@ def test_setting_up_two_streams_takes_what_it_says_and_closing_gives_it_back(kvm
     _, kvm, _ = kvms()
     calls = Refusing(kvm)
     side = backend(kvm, calls, streams=2)
+    device = side._streams[0]
     assert (len(calls.open), len(calls.mapped)) == (2, 8)
+    assert (device.pages, device.max_streams, device.buffers.size) == (16, 512, 16 * 4096)
     side.close()
+    assert device.buffers.size == device.mbmd.size == 0
     side.close()
     assert not calls.open | calls.mapped
     with pytest.raises(UsageError, match="streams that are closed"):

@@ -96,6 +96,8 @@ class StreamDevice:
 
     def close(self) -> None:
         """Unmap everything and close the descriptor.  Idempotent; goes on after a failure."""
+        # A view of what is not mapped any more would end the process.
+        self.mbmd = self.gpa_list = self.macs = self.buffers = np.empty(0, dtype=np.uint8)
         for address, length in self._mapped:
             self._calls.munmap(address, length)
         self._mapped.clear()
