@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tdxmig_model.backend import kvm
+from tdxmig_model.backend.kvm import abi
+from tdxmig_model.backend.kvm import probe as kvm
 from tdxmig_model.cli import doctor
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -53,14 +54,18 @@ class AnsweringKernel:
     def ioctl(self, descriptor: int, request: int, argument: int | bytearray) -> int:
         assert descriptor in self.opened
         self._maybe_refuse(request)
-        if request == kvm.KVM_GET_API_VERSION:
+        if request == abi.KVM_GET_API_VERSION:
             return 12
-        if request == kvm.KVM_CHECK_EXTENSION:
+        if request == abi.KVM_CHECK_EXTENSION:
             assert isinstance(argument, int)
-            return {kvm.KVM_CAP_DEVICE_CTRL: 1, kvm.KVM_CAP_VM_TYPES: self.vm_types}[argument]
-        if request == kvm.KVM_CREATE_VM:
+            return {
+                abi.KVM_CAP_DEVICE_CTRL: 1,
+                abi.KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2: 3,
+                abi.KVM_CAP_VM_TYPES: self.vm_types,
+            }[argument]
+        if request == abi.KVM_CREATE_VM:
             return self._new_descriptor()
-        assert request == kvm.KVM_CREATE_DEVICE
+        assert request == abi.KVM_CREATE_DEVICE
         device_type, _, flags = struct.unpack("=III", argument)  # type: ignore[arg-type]
         self.created.append((device_type, flags))
         if device_type not in self.device_types:
@@ -97,13 +102,13 @@ def statuses(kernel: kvm.Kernel, root: Path) -> dict[str, str]:
     ],
 )
 def test_computed_ioctl_numbers_are_the_documented_ones(name: str, number: int) -> None:
-    assert getattr(kvm, name) == number
+    assert getattr(abi, name) == number
 
 
 def test_ioctl_numbers_are_bounded() -> None:
     for direction, number, size in [(4, 0, 0), (0, 0x100, 0), (0, 0, 0x4000), (-1, 0, 0)]:
         with pytest.raises(ValueError, match="no ioctl number"):
-            kvm.ioctl_number(direction, number, size)
+            abi.ioctl_number(direction, number, size)
 
 
 @pytest.mark.parametrize(
@@ -148,17 +153,24 @@ def test_a_device_that_may_not_be_opened_is_not_called_missing(
     kernel = AnsweringKernel(refuse={"/dev/kvm": code})
     findings = {f.name: f for f in kvm.probe(kernel, tmp_path)}
     assert errno.errorcode[code] in findings["kvm"].detail
-    for name in ("kvm", "kvm-api", "kvm-vm-types", "stream-device-gen-1a", "stream-device-gen-1b"):
+    for name in (
+        "kvm",
+        "kvm-api",
+        "kvm-dirty-log",
+        "kvm-vm-types",
+        "stream-device-gen-1a",
+        "stream-device-gen-1b",
+    ):
         assert findings[name].status == status
 
 
 @pytest.mark.parametrize(
     ("request_number", "unknown"),
     [
-        (kvm.KVM_GET_API_VERSION, {"kvm-api"}),
-        (kvm.KVM_CHECK_EXTENSION, {"kvm-device-ctrl", "kvm-vm-types"}),
-        (kvm.KVM_CREATE_VM, {"stream-device-gen-1a", "stream-device-gen-1b"}),
-        (kvm.KVM_CREATE_DEVICE, {"stream-device-gen-1a", "stream-device-gen-1b"}),
+        (abi.KVM_GET_API_VERSION, {"kvm-api"}),
+        (abi.KVM_CHECK_EXTENSION, {"kvm-device-ctrl", "kvm-dirty-log", "kvm-vm-types"}),
+        (abi.KVM_CREATE_VM, {"stream-device-gen-1a", "stream-device-gen-1b"}),
+        (abi.KVM_CREATE_DEVICE, {"stream-device-gen-1a", "stream-device-gen-1b"}),
     ],
 )
 def test_a_question_that_fails_is_unknown_and_nothing_stays_open(

@@ -11,8 +11,9 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+from ends import End, Ends, exchange_keys
 
-from tdxmig_model.backend.soft.backend import SoftBackend, soft_destination, soft_source
+from tdxmig_model.backend.soft.backend import SoftBackend
 from tdxmig_model.engine import (
     Decision,
     DestinationEngine,
@@ -41,18 +42,19 @@ class SourceSide:
     def __init__(
         self,
         transport: Transport,
+        end: End,
         *,
-        backend: SoftBackend | None = None,
         capabilities: Capability = ALL_CAPABILITIES,
         batch: int = 16,
     ) -> None:
-        self.backend = backend or soft_source(PAGES, vcpus=VCPUS, streams=STREAMS)
+        self.end = end
+        self.backend, self.truth = end.backend, end.truth
         self.transport = transport
         self.engine = SourceEngine(
             bytes(16), pages=PAGES, vcpus=VCPUS, streams=STREAMS, capabilities=capabilities
         )
         limits = PreCopyLimits(batch=batch, epochs=4, remaining=2)
-        self.precopy = PreCopy(self.backend.page_gpas(), limits)
+        self.precopy = PreCopy(self.truth.page_gpas(), limits)
         self.parser = ReturnPathParser()
         self.violations = 0
 
@@ -70,6 +72,9 @@ class SourceSide:
         return heard
 
     def run_guest(self, budget: int = 40) -> None:
+        if self.end.kvm is not None:
+            self.run_guest_under_kvm(budget)
+            return
         for vcpu in range(VCPUS):
             left = budget
             while left > 0:
@@ -83,6 +88,15 @@ class SourceSide:
                 self.do(self.engine.unblock_page(page))
                 self.precopy.dirty(page)
                 self.violations += 1
+
+    def run_guest_under_kvm(self, budget: int) -> None:
+        """KVM lets the guest write, and tells of it in the dirty log."""
+        before = self.end.dirty_pages().size
+        for vcpu in range(VCPUS):
+            assert self.end.run(vcpu, budget).reason == "budget"
+        dirty = self.end.dirty_pages()
+        self.precopy.dirty(dirty)
+        self.violations += dirty.size - before
 
     def export_epoch(self, *, live: bool) -> None:
         self.precopy.next_epoch()
@@ -107,23 +121,24 @@ class SourceSide:
             self.export_epoch(live=False)
             assert not self.precopy.stalled
 
-    def export_state(self) -> None:
+    def export_state(self, streams: int = STREAMS) -> None:
         self.do(self.engine.export_td_state())
         for vcpu in range(VCPUS):
-            self.do(self.engine.export_vcpu_state(vcpu, vcpu % STREAMS))
+            self.do(self.engine.export_vcpu_state(vcpu, vcpu % streams))
 
     @property
     def op_state(self) -> Any:
-        return self.backend.observe()["op_state"]
+        return self.truth.observe()["op_state"]
 
 
 class DestinationSide:
     """A destination TD, its engine, and its end of the connection."""
 
     def __init__(
-        self, transport: Transport, *, capabilities: Capability = ALL_CAPABILITIES
+        self, transport: Transport, end: End, *, capabilities: Capability = ALL_CAPABILITIES
     ) -> None:
-        self.backend = soft_destination(PAGES, vcpus=VCPUS, streams=STREAMS)
+        self.end = end
+        self.backend, self.truth = end.backend, end.truth
         self.transport = transport
         self.engine = DestinationEngine(
             pages=PAGES, vcpus=VCPUS, streams=STREAMS, capabilities=capabilities
@@ -154,26 +169,28 @@ class DestinationSide:
 
     @property
     def op_state(self) -> Any:
-        return self.backend.observe()["op_state"]
+        return self.truth.observe()["op_state"]
 
 
-def set_keys(source: SoftBackend, destination: SoftBackend) -> None:
-    forward = source.read_migration_encryption_key()
-    backward = destination.read_migration_encryption_key()
-    source.write_migration_decryption_key(backward)
-    destination.write_migration_decryption_key(forward)
+def new_source(ends: Ends) -> End:
+    return ends.source(PAGES, vcpus=VCPUS, streams=STREAMS)
+
+
+def new_destination(ends: Ends) -> End:
+    return ends.destination(PAGES, vcpus=VCPUS, streams=STREAMS)
 
 
 def connected(
+    ends: Ends,
     *,
-    source_backend: SoftBackend | None = None,
+    source_end: End | None = None,
     faults: Faults | None = None,
     capabilities: Capability = ALL_CAPABILITIES,
 ) -> tuple[SourceSide, DestinationSide]:
     near, far = memory_pair(forward=faults or Faults())
-    source = SourceSide(near, backend=source_backend, capabilities=capabilities)
-    destination = DestinationSide(far, capabilities=capabilities)
-    set_keys(source.backend, destination.backend)
+    source = SourceSide(near, source_end or new_source(ends), capabilities=capabilities)
+    destination = DestinationSide(far, new_destination(ends), capabilities=capabilities)
+    exchange_keys(source.end, destination.end)
     return source, destination
 
 
@@ -189,8 +206,8 @@ def begin(source: SourceSide, destination: SourceSide | DestinationSide) -> None
     source.do(source.engine.confirm_import())
 
 
-def begun(**options: Any) -> tuple[SourceSide, DestinationSide]:
-    source, destination = connected(**options)
+def begun(ends: Ends, **options: Any) -> tuple[SourceSide, DestinationSide]:
+    source, destination = connected(ends, **options)
     begin(source, destination)
     return source, destination
 
@@ -198,18 +215,23 @@ def begun(**options: Any) -> tuple[SourceSide, DestinationSide]:
 def hand_over(source: SourceSide, destination: DestinationSide) -> None:
     """The paused part, up to and with the start token."""
     source.export_rest()
-    source.export_state()
+    source.export_state(vcpu_streams(destination))
     source.do(source.engine.finish_epochs())
     destination.serve()
 
 
+def vcpu_streams(destination: DestinationSide) -> int:
+    """Streams that may carry vCPU states to this destination."""
+    return STREAMS if destination.end.has("vcpu_streams") else 1
+
+
 def assert_equal(source: SourceSide, destination: DestinationSide) -> None:
-    assert destination.backend.memory_digest() == source.backend.memory_digest()
-    assert destination.backend.vcpu_digest() == source.backend.vcpu_digest()
+    assert destination.truth.memory_digest() == source.truth.memory_digest()
+    assert destination.truth.vcpu_digest() == source.truth.vcpu_digest()
 
 
-def test_a_paused_td_arrives_whole() -> None:
-    source, destination = begun()
+def test_a_paused_td_arrives_whole(ends: Ends) -> None:
+    source, destination = begun(ends)
     hand_over(source, destination)
     destination.do(destination.engine.end(bytes(32)))
     assert source.hear() == [None, "cleanup"]
@@ -219,8 +241,8 @@ def test_a_paused_td_arrives_whole() -> None:
     assert destination.engine.pages_imported == PAGES
 
 
-def test_a_running_td_arrives_with_its_last_writes() -> None:
-    source, destination = begun()
+def test_a_running_td_arrives_with_its_last_writes(ends: Ends) -> None:
+    source, destination = begun(ends)
     source.export_live()
     destination.serve()
     assert source.violations > 0  # the guest did write pages that had been exported
@@ -231,19 +253,20 @@ def test_a_running_td_arrives_with_its_last_writes() -> None:
     destination.do(destination.engine.end())
     assert source.precopy.exports > PAGES
     for vcpu in range(VCPUS):
-        result = destination.backend.execute(VpEnter(vcpu, 50))
-        assert result.ok
-    assert source.backend.execute(VpEnter(0, 50)).status_name == "TDX_OP_STATE_INCORRECT"
+        assert destination.end.run(vcpu, 50).reason == "budget"
+    assert source.truth.execute(VpEnter(0, 50)).status_name == "TDX_OP_STATE_INCORRECT"
 
 
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
-def test_it_works_over_sockets_with_each_side_in_its_own_thread(kind: str, tmp_path: Path) -> None:
+def test_it_works_over_sockets_with_each_side_in_its_own_thread(
+    ends: Ends, kind: str, tmp_path: Path
+) -> None:
     address = f"unix:{tmp_path / 'stream'}" if kind == "unix" else "tcp:127.0.0.1:0"
     problems: list[BaseException] = []
     with Listener(address) as listener:
-        source = SourceSide(connect(listener.address))
-        destination = DestinationSide(listener.accept())
-    set_keys(source.backend, destination.backend)
+        source = SourceSide(connect(listener.address), new_source(ends))
+        destination = DestinationSide(listener.accept(), new_destination(ends))
+    exchange_keys(source.end, destination.end)
 
     def receive() -> None:
         try:
@@ -266,7 +289,7 @@ def test_it_works_over_sockets_with_each_side_in_its_own_thread(kind: str, tmp_p
         source.hear()
     source.export_live()
     source.export_rest()
-    source.export_state()
+    source.export_state(vcpu_streams(destination))
     source.do(source.engine.finish_epochs())
     thread.join(20)
     assert not problems
@@ -278,9 +301,10 @@ def test_it_works_over_sockets_with_each_side_in_its_own_thread(kind: str, tmp_p
         side.transport.close()
 
 
-def test_keys_from_a_real_pre_migration_open_a_session() -> None:
+def test_keys_from_a_real_pre_migration_open_a_session(ends: Ends) -> None:
     near, far = memory_pair()
-    source, destination = SourceSide(near), DestinationSide(far)
+    source = SourceSide(near, new_source(ends))
+    destination = DestinationSide(far, new_destination(ends))
     identities = make_identity("source"), make_identity("destination")
     ends = socket.socketpair()
 
@@ -292,9 +316,9 @@ def test_keys_from_a_real_pre_migration_open_a_session() -> None:
         backend.write_migration_decryption_key(agreement.peer_key.take())
         backend.write_migration_version(agreement.version)
 
-    thread = threading.Thread(target=agree, args=("destination", 1, destination.backend))
+    thread = threading.Thread(target=agree, args=("destination", 1, destination.truth))
     thread.start()
-    agree("source", 0, source.backend)
+    agree("source", 0, source.truth)
     thread.join()
     for end in ends:
         end.close()
@@ -304,16 +328,18 @@ def test_keys_from_a_real_pre_migration_open_a_session() -> None:
     assert_equal(source, destination)
 
 
-def test_other_keys_end_it_before_anything_is_imported() -> None:
+def test_other_keys_end_it_before_anything_is_imported(ends: Ends) -> None:
     near, far = memory_pair()
-    source, destination = SourceSide(near), DestinationSide(far)
-    set_keys(source.backend, destination.backend)
-    destination.backend.write_migration_decryption_key(bytes(range(32)))
+    source = SourceSide(near, new_source(ends))
+    destination = DestinationSide(far, new_destination(ends))
+    exchange_keys(source.end, destination.end)
+    destination.truth.write_migration_decryption_key(bytes(range(32)))
     source.do(source.engine.setup())
     destination.serve()
     source.hear()
     source.do(source.engine.export_immutable())
-    with pytest.raises(BackendError, match=r"import_state_immutable .*MAC"):
+    refused = "MAC" if destination.end.kvm is None else "EIO"
+    with pytest.raises(BackendError, match=f"import_state_immutable .*{refused}"):
         destination.serve()
     destination.do(destination.engine.abort("other keys"))
     assert "abort" in source.hear()
@@ -322,24 +348,22 @@ def test_other_keys_end_it_before_anything_is_imported() -> None:
     assert source.op_state == "RUNNABLE"
 
 
-def test_an_aborted_td_runs_on_and_can_be_migrated_again() -> None:
-    source, destination = begun()
+def test_an_aborted_td_runs_on_and_can_be_migrated_again(ends: Ends) -> None:
+    source, destination = begun(ends)
     source.export_live()
     assert source.do(source.engine.abort("not today")).size == 0
     destination.serve()
     assert destination.engine.source_abort == "not today"
-    token = destination.do(destination.engine.abort("the source aborted"))
-    assert len(token) == 48
-    assert destination.op_state == "FAILED_IMPORT"
+    give_up(destination, "the source aborted")
     assert source.op_state == "RUNNABLE"
-    observed = source.backend.observe()
+    observed = source.truth.observe()
     assert observed["mig_count"] == 0
 
-    before = source.backend.memory_digest()
+    before = source.truth.memory_digest()
     run_freely(source)
-    assert source.backend.memory_digest() != before
+    assert source.truth.memory_digest() != before
 
-    again, target = begun(source_backend=source.backend)
+    again, target = begun(ends, source_end=source.end)
     again.export_live()
     hand_over(again, target)
     target.do(target.engine.end())
@@ -349,13 +373,23 @@ def test_an_aborted_td_runs_on_and_can_be_migrated_again() -> None:
 def run_freely(source: SourceSide) -> None:
     """No page is write-blocked any more: the guest runs without a single exit."""
     for vcpu in range(VCPUS):
-        result = source.backend.execute(VpEnter(vcpu, 200))
-        assert result.exit is not None
-        assert result.exit.reason == "budget"
+        assert source.end.run(vcpu, 200).reason == "budget"
 
 
-def test_after_the_start_token_only_the_abort_token_brings_the_td_back() -> None:
-    source, destination = begun()
+def give_up(destination: DestinationSide, reason: str) -> None:
+    """The destination aborts; an interface without the command says which one it lacks."""
+    if destination.end.has("abort_token"):
+        assert len(destination.do(destination.engine.abort(reason))) == 48
+        assert destination.op_state == "FAILED_IMPORT"
+        return
+    with pytest.raises(BackendError, match=r"TDH\.IMPORT\.ABORT"):
+        destination.do(destination.engine.abort(reason))
+
+
+def test_after_the_start_token_only_the_abort_token_brings_the_td_back(ends: Ends) -> None:
+    source, destination = begun(ends)
+    for side in (source, destination):
+        side.end.need("abort_token")
     source.export_live()
     hand_over(source, destination)
     assert source.op_state == "POST_EXPORT"
@@ -373,32 +407,33 @@ def test_after_the_start_token_only_the_abort_token_brings_the_td_back() -> None
     run_freely(source)
 
 
-def test_cancelled_pages_leave_the_destination_and_come_back_in_a_later_epoch() -> None:
-    source, destination = begun()
+def test_cancelled_pages_leave_the_destination_and_come_back_in_a_later_epoch(ends: Ends) -> None:
+    source, destination = begun(ends)
     source.export_epoch(live=False)
     cancelled = np.array([0x3000, 0x7000], dtype=np.uint64)
-    source.do(source.engine.unblock_page(0x7000))
+    if source.end.has("unblock"):
+        source.do(source.engine.unblock_page(0x7000))
     source.do(source.engine.start_epoch())
     outcome = source.do(source.engine.cancel_page(cancelled))
     assert outcome.sent.tolist() == cancelled.tolist()
     destination.serve()
     assert destination.engine.pages_imported == PAGES - 2
-    assert destination.backend.page_states(cancelled).tolist() == [1, 1]  # REMOVED
+    assert destination.truth.page_states(cancelled).tolist() == [1, 1]  # REMOVED
     source.precopy.dirty(cancelled)
     hand_over(source, destination)
     destination.do(destination.engine.end())
     assert_equal(source, destination)
 
 
-def test_pages_can_follow_the_start_token() -> None:
-    source, destination = begun()
+def test_pages_can_follow_the_start_token(ends: Ends) -> None:
+    source, destination = begun(ends)
     source.do(source.engine.pause())
     source.precopy.next_epoch()
     source.do(source.engine.start_epoch())
     first = source.precopy.next_batch()
     assert first is not None
     source.do(source.engine.export_memory(first))
-    source.export_state()
+    source.export_state(vcpu_streams(destination))
     source.do(source.engine.finish_epochs())
     destination.serve()
     destination.do(destination.engine.commit())
@@ -412,8 +447,8 @@ def test_pages_can_follow_the_start_token() -> None:
     assert_equal(source, destination)
 
 
-def test_without_post_copy_a_missing_page_is_noticed_before_the_start() -> None:
-    source, destination = begun(capabilities=ALL_CAPABILITIES & ~Capability.POST_COPY)
+def test_without_post_copy_a_missing_page_is_noticed_before_the_start(ends: Ends) -> None:
+    source, destination = begun(ends, capabilities=ALL_CAPABILITIES & ~Capability.POST_COPY)
     source.precopy.next_epoch()
     source.precopy.next_batch()  # forgotten
     source.precopy.sent(NO_PAGES, NO_PAGES)
@@ -424,8 +459,8 @@ def test_without_post_copy_a_missing_page_is_noticed_before_the_start() -> None:
     assert destination.op_state == "STATE_IMPORT"
 
 
-def test_a_page_that_is_not_there_is_reported_and_the_rest_arrives() -> None:
-    source, destination = begun()
+def test_a_page_that_is_not_there_is_reported_and_the_rest_arrives(ends: Ends) -> None:
+    source, destination = begun(ends)
     absent: Gpas = np.array([0x1000, PAGES << 12, 0x2000], dtype=np.uint64)
     for pause in (False, True):
         if pause:
@@ -439,15 +474,17 @@ def test_a_page_that_is_not_there_is_reported_and_the_rest_arrives() -> None:
     assert destination.engine.pages_imported == 4
 
 
-def test_damage_of_any_byte_never_makes_a_td_run_with_other_memory() -> None:
-    source, destination = begun()
+def test_damage_of_any_byte_never_makes_a_td_run_with_other_memory(ends: Ends) -> None:
+    source, destination = begun(ends)
+    for side in (source, destination):
+        side.end.need("abort_token")
     total = whole_run(source, destination)
     assert_equal(source, destination)
     dice = random.Random(11)
     caught = 0
     for _ in range(25):
         faults = Faults.drawn(dice, total)
-        source, destination = connected(faults=faults)
+        source, destination = connected(ends, faults=faults)
         try:
             begin(source, destination)
             whole_run(source, destination)

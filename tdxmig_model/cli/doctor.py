@@ -16,7 +16,7 @@ from pathlib import Path
 import click
 
 from tdxmig_model import svg
-from tdxmig_model.backend import kvm
+from tdxmig_model.backend.kvm import probe as kvm
 from tdxmig_model.cli import output
 
 OLDEST_PYTHON = (3, 11)
@@ -53,6 +53,7 @@ TOOLS = {
     "dot": (("-V",), "SVG with the layout of an installed Graphviz", "graphviz"),
     "spin": (("-V",), "comparing state counts of the exported Promela model", "spin"),
     "tshark": (("--version",), "reading captured migration streams in a second tool", "tshark"),
+    "gcc": (("--version",), "the tests of the stream device's interface in C", "gcc"),
     "strace": (("--version",), "recording the KVM calls of a virtual machine monitor", "strace"),
 }
 
@@ -68,6 +69,7 @@ HARDWARE = {
     "kvm": (_STREAM, "load the kvm module, or ask for access to /dev/kvm (group kvm)"),
     "kvm-api": (_STREAM, "use a kernel with the stable KVM interface"),
     "kvm-device-ctrl": (_STREAM, "use a kernel with KVM_CAP_DEVICE_CTRL"),
+    "kvm-dirty-log": (_STREAM, "use a kernel with KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2"),
     "kvm-vm-types": (_REAL, "use a kernel whose KVM offers the TDX machine type"),
     "stream-device-gen-1a": (_STREAM, "boot a kernel with the Gen-1a patches (6.2), or use run"),
     "stream-device-gen-1b": (_STREAM, "boot a kernel with the Gen-1b patches (6.6), or use run"),
@@ -75,7 +77,7 @@ HARDWARE = {
 
 
 def checks(kernel: kvm.Kernel | None = None, root: Path = Path("/")) -> list[Check]:
-    """Every check, in a fixed order.  ``kernel`` and ``root`` as in ``backend.kvm.probe``."""
+    """Every check, in a fixed order.  ``kernel`` and ``root`` as in ``backend.kvm.probe.probe``."""
     return [
         _python(),
         *(_package(name) for name in PACKAGES),

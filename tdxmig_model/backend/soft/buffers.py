@@ -56,14 +56,15 @@ class PageAllocator:
 
 
 class StreamBuffers:
-    """Lists and 512 migration buffers of one stream, in shared memory.
+    """Lists and `count` migration buffers of one stream, in shared memory.
 
     Pages: MBMD, GPA list, buffer list, two MAC lists, new-page list, then the buffers.
     """
 
-    def __init__(self, memory: Memory, allocator: PageAllocator) -> None:
+    def __init__(self, memory: Memory, allocator: PageAllocator, count: int = MAX_ENTRIES) -> None:
         self._memory = memory
-        first = allocator.take_run(6 + MAX_ENTRIES)
+        self.count = count
+        first = allocator.take_run(6 + count)
         pages = [first + index * PAGE_SIZE for index in range(7)]
         self.mbmd, self.gpas, self.list, self.macs_low, self.macs_high, self.new_pages = pages[:6]
         self.buffers = pages[6]

@@ -140,6 +140,10 @@ class Host:
             self._streams.append(StreamBuffers(self.memory, self._shared))
         return self._streams[stream]
 
+    def new_stream_buffers(self, count: int) -> StreamBuffers:
+        """Lists and `count` buffers that nobody else has, such as those of a stream device."""
+        return StreamBuffers(self.memory, self._shared, count)
+
     # --- building ------------------------------------------------------------------------------
 
     def create_td(

@@ -1,68 +1,37 @@
 """KVM as this host offers it: what can be asked without starting a trust domain (TD).
 
-Live migration of TDs is not in mainline Linux.  Two out-of-tree dialects have a stream device:
-Gen-1a (kernel 6.2 and the QEMU of the same time) and Gen-1b (kernel 6.6).  They differ in the
-number of the device type, because another architecture took the first one in between.  ``probe``
-asks KVM for both with the test flag, on a virtual machine that is thrown away at once, and reads
-what the processor and the kernel say about TDX.  Nothing is changed on the host.
+``probe`` asks KVM for the stream device of both dialects with the test flag, on a virtual machine
+that is thrown away at once, and reads what the processor and the kernel say about TDX.  Nothing is
+changed on the host.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-KVM_DEVICE_PATH = "/dev/kvm"
-KVM_MAGIC = 0xAE
-KVM_API_VERSION = 12
-
-DIRECTION_NONE, DIRECTION_WRITE, DIRECTION_READ = 0, 1, 2
-
-
-def ioctl_number(direction: int, number: int, size: int) -> int:
-    """The ioctl request of KVM command ``number`` with an argument of ``size`` bytes.
-
-    Linux encoding: direction at bit 30, size at bit 16 (14 bits), magic at bit 8, number at bit 0.
-    """
-    if not (0 <= direction < 4 and 0 <= number < 0x100 and 0 <= size < 0x4000):
-        raise ValueError(f"no ioctl number for {direction=}, {number=}, {size=}")
-    return direction << 30 | size << 16 | KVM_MAGIC << 8 | number
-
-
-# struct kvm_create_device: type, fd (out), flags.
-CREATE_DEVICE = struct.Struct("=III")
-# struct kvm_device_attr: flags, group, attr, addr.
-DEVICE_ATTR = struct.Struct("=IIQQ")
-
-KVM_GET_API_VERSION = ioctl_number(DIRECTION_NONE, 0x00, 0)
-KVM_CREATE_VM = ioctl_number(DIRECTION_NONE, 0x01, 0)
-KVM_CHECK_EXTENSION = ioctl_number(DIRECTION_NONE, 0x03, 0)
-# The size encoded here is that of an unsigned long; the argument points to struct kvm_tdx_cmd.
-KVM_MEMORY_ENCRYPT_OP = ioctl_number(DIRECTION_READ | DIRECTION_WRITE, 0xBA, 8)
-KVM_CREATE_DEVICE = ioctl_number(DIRECTION_READ | DIRECTION_WRITE, 0xE0, CREATE_DEVICE.size)
-KVM_SET_DEVICE_ATTR = ioctl_number(DIRECTION_WRITE, 0xE1, DEVICE_ATTR.size)
-KVM_GET_DEVICE_ATTR = ioctl_number(DIRECTION_WRITE, 0xE2, DEVICE_ATTR.size)
-KVM_HAS_DEVICE_ATTR = ioctl_number(DIRECTION_WRITE, 0xE3, DEVICE_ATTR.size)
-
-KVM_CREATE_DEVICE_TEST = 1 << 0
-KVM_CAP_DEVICE_CTRL = 89
-# Mainline number.  The trees of both stream-device dialects moved it about, so its answer there
-# is a hint at most.
-KVM_CAP_VM_TYPES = 235
-
-KVM_X86_DEFAULT_VM = 0
-# KVM_X86_TDX_VM: 1 in kernel 6.2 trees and 2 in 6.6 trees; in mainline these are other types.
-TDX_VM_TYPE_MAINLINE = 5
-TDX_VM_TYPES_OUT_OF_TREE = {1: "Gen-1a", 2: "Gen-1b"}
-
-# KVM_DEV_TYPE_TDX_MIG_STREAM by dialect.
-STREAM_DEVICE_TYPES = {"Gen-1a": 11, "Gen-1b": 12}
+from tdxmig_model.backend.kvm.abi import (
+    CREATE_DEVICE,
+    KVM_API_VERSION,
+    KVM_CAP_DEVICE_CTRL,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2,
+    KVM_CAP_VM_TYPES,
+    KVM_CHECK_EXTENSION,
+    KVM_CREATE_DEVICE,
+    KVM_CREATE_DEVICE_TEST,
+    KVM_CREATE_VM,
+    KVM_DEVICE_PATH,
+    KVM_GET_API_VERSION,
+    KVM_X86_DEFAULT_VM,
+    STREAM_DEVICE_TYPES,
+    TDX_VM_TYPE_MAINLINE,
+    TDX_VM_TYPES_OUT_OF_TREE,
+)
 
 
 class Kernel(Protocol):
@@ -177,6 +146,7 @@ def _why(error: OSError) -> str:
 _KVM_QUESTIONS = (
     "kvm-api",
     "kvm-device-ctrl",
+    "kvm-dirty-log",
     "kvm-vm-types",
     *(f"stream-device-{dialect.lower()}" for dialect in STREAM_DEVICE_TYPES),
 )
@@ -198,6 +168,7 @@ def _kvm_device(kernel: Kernel) -> list[Finding]:
             Finding("kvm", "ok", f"{KVM_DEVICE_PATH} is open"),
             _asked("kvm-api", lambda: _api_version(kernel, kvm)),
             _asked("kvm-device-ctrl", lambda: _device_control(kernel, kvm)),
+            _asked("kvm-dirty-log", lambda: _dirty_log(kernel, kvm)),
             _asked("kvm-vm-types", lambda: _vm_types(kernel, kvm)),
             *_stream_devices(kernel, kvm),
         ]
@@ -221,6 +192,11 @@ def _api_version(kernel: Kernel, kvm: int) -> tuple[str, str]:
 def _device_control(kernel: Kernel, kvm: int) -> tuple[str, str]:
     answer = kernel.ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_DEVICE_CTRL)
     return ("ok" if answer > 0 else "missing"), f"KVM_CAP_DEVICE_CTRL = {answer}"
+
+
+def _dirty_log(kernel: Kernel, kvm: int) -> tuple[str, str]:
+    answer = kernel.ioctl(kvm, KVM_CHECK_EXTENSION, KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2)
+    return ("ok" if answer > 0 else "missing"), f"KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 = {answer}"
 
 
 def _vm_types(kernel: Kernel, kvm: int) -> tuple[str, str]:

@@ -1,0 +1,1 @@
+"""KVM migration stream devices: what a host offers, and a backend that drives one."""
