@@ -378,7 +378,7 @@ def test_a_violation_is_exit_1_and_has_a_trace(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = LIFECYCLE.without("finish_epochs", "every_vcpu")
-    monkeypatch.setattr("tdxmig_model.model.lifecycle.LIFECYCLE", broken)
+    monkeypatch.setattr("tdxmig_model.model.systems.SYSTEMS", (broken,))
     assert cli.main(["explore", "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert answer["ok"] is False

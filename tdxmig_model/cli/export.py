@@ -12,7 +12,7 @@ from tdxmig_model.cli import instance, output
 
 @click.command(name="export", epilog="Example: tdxmig export promela lifecycle --vcpus 2 --out .")
 @click.argument("language", type=click.Choice(("tla", "promela")))
-@click.argument("model", type=click.Choice(instance.MODELS), default="lifecycle")
+@instance.model_argument
 @instance.options
 @click.option(
     "--out",
@@ -23,10 +23,16 @@ from tdxmig_model.cli import instance, output
 )
 @output.json_option
 def command(language: str, model: str, folder: Path, as_json: bool, **sizes: Any) -> None:
-    """Write MODEL (lifecycle or leaf) as TLA+ for TLC, or as Promela for SPIN.
+    """Write a model as TLA+ for TLC, or as Promela for SPIN.
 
     Both have the states that tdxmig explore counts for the same options; the head of each file
     says how to count them.
+
+    \b
+    MODEL is one of
+      lifecycle, leaf, order, memory, control, keys, key-words, bindings,
+      terms, forks, locks, import-locks, calls, guest-pages
+    and lifecycle by default.
     """
     from tdxmig_model.export import module_name, promela, tla, tla_config
 
@@ -36,7 +42,7 @@ def command(language: str, model: str, folder: Path, as_json: bool, **sizes: Any
         name = module_name(chosen.system)
         texts = {f"{name}.tla": tla(*given), f"{name}.cfg": tla_config(*given)}
     else:
-        texts = {f"{chosen.system.name}.pml": promela(*given)}
+        texts = {f"{chosen.system.name.replace(' ', '_')}.pml": promela(*given)}
     folder.mkdir(parents=True, exist_ok=True)
     for file, text in texts.items():
         (folder / file).write_text(text, encoding="utf-8")

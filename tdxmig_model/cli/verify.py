@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tdxmig_model.cli import output
+from tdxmig_model.cli.notice import classified
 from tdxmig_model.cli.replayed import Replay, replays
 from tdxmig_model.errors import UsageError
 from tdxmig_model.expr import System
@@ -388,7 +389,7 @@ def _print_reports(profile: str, reports: Sequence[Report], *, named: bool, lemm
                 console.print(f"\n{row.identifier} is violated:", style="red")
                 click.echo(row.story.text(console.width))
             if row.kind:
-                click.echo(_classified(row))
+                click.echo(classified(row.identifier, row.removed_by))
         console.print("Assumed:", *(f"\n  {text}" for text in report.assumptions))
     if not named:
         console.print(_not_stated_text())
@@ -416,17 +417,6 @@ def _print_replays(again: Sequence[Replay] | None) -> None:
         click.echo(f"\n{one.text()}")
     if not again:
         click.echo("\nNothing is violated, so there is nothing to replay.")
-
-
-def _classified(row: Row) -> str:
-    """What is to be done about a violation."""
-    repairs = ", ".join(row.removed_by) or "no repair"
-    if row.kind == "public":
-        return f"{row.identifier} is public: {repairs} of specs/repairs.toml removes it"
-    return (
-        f"{row.identifier} is unreported ({repairs} removes it): "
-        "report to the vendor before publishing (SECURITY.md)"
-    )
 
 
 def _not_stated_text() -> str:
