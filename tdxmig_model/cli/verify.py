@@ -14,6 +14,7 @@ import click
 from tdxmig_model.cli import output
 from tdxmig_model.cli.notice import classified
 from tdxmig_model.cli.replayed import Replay, replays
+from tdxmig_model.conformance.contract import Contract
 from tdxmig_model.errors import UsageError
 from tdxmig_model.expr import System
 from tdxmig_model.model.systems import SYSTEMS
@@ -102,8 +103,8 @@ def command(
     1.  With --mutant a violated property exits 1 as well; with --mutants only a survivor does.
 
     A deleted guard is killed (by a run), equivalent (everything is proved without it),
-    contract-only (equivalent, but a status code depends on it) or a survivor (neither a run nor a
-    proof was found).
+    contract-only (equivalent, but the software module refuses a call because of it: a status code
+    depends on it) or a survivor (neither a run nor a proof was found).
 
     A deleted guard is judged in every model that has it.  With --property it is judged by those
     properties; without, by the ones that list it among their guards, or by any if none does.
@@ -236,6 +237,7 @@ def _mutants(
     """Judge the chosen deletions; each is told as soon as it is known."""
     found: list[Mutant] = []
     total = sum(map(len, chosen.values()))
+    contract = Contract(profile, total)
     with output.progress_console().status(f"delete guards: 0 of {total}") as status:
         done = 0
 
@@ -251,7 +253,15 @@ def _mutants(
             pairs = _undecided(system, wanted, found)
             total -= len(wanted) - len(pairs)
             if pairs:
-                found += mutants(system, profile, pairs, seed=seed, jobs=jobs, progress=tick)
+                found += mutants(
+                    system,
+                    profile,
+                    pairs,
+                    seed=seed,
+                    jobs=jobs,
+                    progress=tick,
+                    contract=contract,
+                )
     return found
 
 
