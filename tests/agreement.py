@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 from random_models import random_state
-from reference import BoundedInterpreter
 
 from tdxmig_model.compile import Compiled
 from tdxmig_model.expr import BOOL, Instance, Interpreter, Step, System
@@ -72,6 +71,7 @@ def agree(system: System, instance: Instance, rounds: int, seed: int) -> dict[bo
                 result = outcome(compiled.apply(row.name), layout, *values)
                 if after is IndexError:
                     assert result is IndexError
+                    assert as_lists(layout) == state
                     continue
                 assert as_lists(layout) == after, (row.name, state, params)
                 assert all(type(v) in (int, bool, list, np.ndarray) for v in layout)
@@ -86,7 +86,7 @@ class Witnesses:
 
     def __init__(self, system: System, instance: Instance, *, around: int = 0) -> None:
         self.system = system
-        self.interpreter = BoundedInterpreter(system, instance)
+        self.interpreter = Interpreter(system, instance)
         self.compiled = Compiled(system, instance)
         self.encoder = Finite(system, instance, width_for(system, instance, [], 2, around=around))
 
@@ -106,12 +106,15 @@ class Witnesses:
         return OUTSIDE if held is IndexError else held or None
 
     def by_code(self, row: Step, state: list[Any], params: Mapping[str, Any]) -> Any:
-        """The same of compiled code, which is never asked to leave the instance."""
+        """The same of compiled code, which leaves the state alone where it leaves the instance."""
         values = tuple(params.values())
-        if not self.compiled.guard(row.name)(state, *values):
+        held = outcome(self.compiled.guard(row.name), state, *values)
+        if held is False:
             return None
         found = copied(state)
-        self.compiled.apply(row.name)(found, *values)
+        if held is IndexError or outcome(self.compiled.apply(row.name), found, *values) is not None:
+            assert found == state, (row.name, params, state)
+            return OUTSIDE
         return found
 
     def by_z3(self, row: Step, state: list[Any], params: Mapping[str, Any]) -> list[Any] | None:
@@ -138,8 +141,7 @@ class Witnesses:
         """Compare them on one step in one state; whether it can be taken there."""
         wanted = self.after(row, state, params)
         said = row.name, params, state
-        if wanted is not OUTSIDE:
-            assert self.by_code(row, state, params) == wanted, said
+        assert self.by_code(row, state, params) == wanted, said
         inside = None if wanted is OUTSIDE else wanted
         assert not z3 or self.by_z3(row, state, params) == inside, said
         return inside is not None

@@ -1,26 +1,16 @@
-"""An independent search: the interpreter alone, with an error for every position outside a map."""
+"""An independent search: the interpreter alone, for which a position outside a map is an error."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tdxmig_model.explore.successors import Label
-from tdxmig_model.expr import Instance, Interpreter, MapVariable, System, initial_state
+from tdxmig_model.expr import Instance, Interpreter, System, initial_state
 from tdxmig_model.expr.finite import ceilings
 
 Frozen = tuple[Any, ...]
 Edge = tuple[Frozen, str, Frozen]
-
-
-class BoundedInterpreter(Interpreter):
-    """The interpreter, for which any key outside its index is an IndexError."""
-
-    def offset(self, variable: MapVariable, keys: Sequence[int]) -> int:
-        for key, kind in zip(keys, variable.indexes, strict=True):
-            if not 0 <= key < self.instance.bounded(kind):
-                raise IndexError(key)
-        return super().offset(variable, keys)
 
 
 def frozen(state: list[Any]) -> tuple[Any, ...]:
@@ -45,7 +35,7 @@ class Reference:
 
     def __init__(self, system: System, instance: Instance, ceiling: Any = None) -> None:
         self.system = system
-        self.interpreter = BoundedInterpreter(system, instance)
+        self.interpreter = Interpreter(system, instance)
         self.limits = ceilings(system, instance, ceiling)
         self.transitions = self.clipped = 0
         self.distance = {frozen(initial_state(system, instance)): 0}

@@ -9,8 +9,8 @@ import dataclasses
 import pytest
 from conformance_runs import Tally, every_run, try_all, walk
 
-from tdxmig_model.conformance import Call, Disagreement
-from tdxmig_model.conformance.contract import distinguishes, refusals
+from tdxmig_model.conformance import Call, Disagreement, contract
+from tdxmig_model.conformance.contract import FEW, Contract, distinguishes, refusals
 from tdxmig_model.conformance.labels import NO_CALL, OF_ROW, STATUSES
 from tdxmig_model.conformance.migration import (
     MIGRATION,
@@ -262,3 +262,12 @@ def test_another_reason_is_noticed(monkeypatch):
         go_on(twin, Call((row,), values))
     with pytest.raises(Disagreement, match="status class"):
         twin.attempt(Call(("export_track_start",), {}))
+
+
+def test_few_and_many_questions_have_the_same_answers(monkeypatch):
+    monkeypatch.setattr(contract, "DEPTH", 0)
+    guards = [("export_state_vp", "stream"), ("import_track", "token_counter")]
+    one_by_one = Contract("hardened", len(guards))
+    at_once = Contract("hardened", FEW + 1)
+    assert [one_by_one("leaf", *g) for g in guards] == [True, False]
+    assert [at_once("leaf", *g) for g in guards] == [True, False]

@@ -4,11 +4,16 @@ import json
 
 import pytest
 
+from tdxmig_model.backend.soft.call import Registers
+from tdxmig_model.backend.soft.leaves_servtd import MIG_VERSION
+from tdxmig_model.backend.soft.op_state import GuestLeaf
+from tdxmig_model.backend.soft.status import is_error
 from tdxmig_model.cli import main
 from tdxmig_model.cli.replayed import replays
 from tdxmig_model.conformance import REPLAYABLE, replay_on_modules
 from tdxmig_model.conformance import replay as conformance_replay
-from tdxmig_model.conformance.demonstrations import DEMONSTRATIONS
+from tdxmig_model.conformance.demonstrations import DEMONSTRATIONS, NOT_SHOWN
+from tdxmig_model.conformance.side import Side
 from tdxmig_model.expr import not_
 from tdxmig_model.model.leaf import LEAF
 from tdxmig_model.model.memory import MEMORY
@@ -150,9 +155,11 @@ def test_a_module_that_differs_is_said(monkeypatch):
 # --- demonstrations ------------------------------------------------------------------------------
 
 REFUSED = {
+    "P9": ("import_mem", "OP_STATE_INCORRECT"),
     "P21": ("mng_init", "OP_STATE_INCORRECT"),
     "P41": ("mng_init", "OP_STATE_INCORRECT"),
     "P22": ("import_state_immutable", "METADATA_FIELD_ID_INCORRECT"),
+    "P23": ("import_state_immutable", "METADATA_FIELD_ID_INCORRECT"),
     "P24": ("import_state_vp", "INVALID_METADATA_LIST_HEADER"),
     "P28": ("start_export", "INVALID_MIGRATION_DECRYPTION_KEY"),
     "P29": ("start_export", "INVALID_MIGRATION_DECRYPTION_KEY"),
@@ -184,6 +191,32 @@ def test_a_cancelled_page_is_given_back_in_hardened():
 def test_demonstrations_are_of_claims_whose_rows_are_no_calls():
     claims = {p.identifier: s.name for s in SYSTEMS for p in s.properties}
     assert all(claims.get(name, "") not in REPLAYABLE for name in DEMONSTRATIONS)
+
+
+@pytest.mark.parametrize("profile", [PUBLISHED, HARDENED])
+def test_no_migration_version_but_0_can_be_written(profile):
+    """So no calls lead to a token of another version: P11 has a reason in place of a replay."""
+    side = Side("source", profile, 1, 1, 1, 0)
+    registers = Registers(rcx=side.td.binding_handle, rdx=MIG_VERSION, r8=1, r9=(1 << 64) - 1)
+    registers.r10, registers.r11, registers.r12, registers.r13 = side.td.uuid
+    module, writer = side.host.module, side.host._migration_td.vcpus[0]
+    assert is_error(module.tdcall(GuestLeaf.SERVTD_WR, registers, writer))
+    assert side.tdcs.mig_version == 0
+    registers.r8 = 0
+    assert not is_error(module.tdcall(GuestLeaf.SERVTD_WR, registers, writer))
+    assert set(NOT_SHOWN) == {"P11"}
+
+
+def test_what_cannot_be_shown_has_a_reason():
+    row = Row("P11", "", "leaf", "violated", "search", 3, 0.0)
+    (found,) = replays(PUBLISHED, [Report("keys", PUBLISHED, (row,), (), (), (), 0, 0, 0.0)])
+    assert found.modules == ()
+    assert "not replayed, the release knows migration version 0 alone" in found.text()
+    assert not set(NOT_SHOWN) & set(DEMONSTRATIONS)
+
+
+def test_an_import_with_unwritten_attributes_ends_with_those_of_no_migratable_td():
+    assert "ATTRIBUTES are 0x0" in DEMONSTRATIONS["P23"](PUBLISHED).why
 
 
 # --- the command line ----------------------------------------------------------------------------
@@ -225,10 +258,10 @@ def _fields(row, run):
 
 
 def test_what_no_module_shows_is_said():
-    row = Row("P9", "", "leaf", "violated", "search", 3, 0.0)
-    (found,) = replays(PUBLISHED, [Report("terms", PUBLISHED, (row,), (), (), (), 0, 0, 0.0)])
+    row = Row("X1", "", "leaf", "violated", "search", 3, 0.0)
+    (found,) = replays(PUBLISHED, [Report("calls", PUBLISHED, (row,), (), (), (), 0, 0, 0.0)])
     assert found.modules == ()
-    assert "not replayed, no step of the terms model is a call" in found.text()
+    assert "not replayed, no step of the calls model is a call" in found.text()
 
 
 def test_verify_replays(capsys):

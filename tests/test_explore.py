@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from random_models import VARIABLES, Terms
-from reference import BoundedInterpreter, Reference, frozen, thawed
+from reference import Reference, frozen, thawed
 
 from tdxmig_model import cli
 from tdxmig_model.errors import ModelError
@@ -165,7 +165,7 @@ def test_the_leaf_model_has_the_states_of_the_interpreter(profile: str) -> None:
     found = explore(system, instance, ceiling=2, depth=5)
     interpreter = Reference.__new__(Reference)
     interpreter.system = system
-    interpreter.interpreter = BoundedInterpreter(system, instance)
+    interpreter.interpreter = Interpreter(system, instance)
     interpreter.limits = ceilings(system, instance, 2)
     interpreter.clipped = 0
     seen = {frozen(initial_state(system, instance))}
@@ -378,7 +378,7 @@ def test_a_violation_is_exit_1_and_has_a_trace(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = LIFECYCLE.without("finish_epochs", "every_vcpu")
-    monkeypatch.setattr("tdxmig_model.model.lifecycle.LIFECYCLE", broken)
+    monkeypatch.setattr("tdxmig_model.model.systems.SYSTEMS", (broken,))
     assert cli.main(["explore", "--json"]) == 1
     answer = json.loads(capsys.readouterr().out)
     assert answer["ok"] is False

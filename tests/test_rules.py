@@ -26,6 +26,7 @@ from tdxmig_model.model.words import (
 from tdxmig_model.model.words import (
     REPAIRS as NAMES,
 )
+from tdxmig_model.smt.bounded import inside
 from tdxmig_model.verify import widths
 from tdxmig_model.verify.scope import NOT_STATED
 
@@ -108,7 +109,8 @@ def test_a_rule_has_a_witness_that_does_not_hold_at_the_start(identifier: str) -
     assert claimed.witness is not None
     instance = Instance.small(system, {i.name: 4 for i in system.indexes()})
     start = initial_state(system, instance)
-    assert not Interpreter(system, instance).value(claimed.witness, start, {})
+    witness = inside(claimed.witness, instance)
+    assert not Interpreter(system, instance).value(witness, start, {})
 
 
 def test_ids_say_where_a_rule_comes_from() -> None:

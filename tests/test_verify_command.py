@@ -10,6 +10,7 @@ from toy_handover import CLEAN, COUNTED, NONE_TAKEN, WORKERS, dirty_count, toy
 
 from tdxmig_model.cli import main
 from tdxmig_model.cli.verify import mutants_as_json, reports_as_json
+from tdxmig_model.conformance import contract
 from tdxmig_model.expr import Property
 from tdxmig_model.model.keys import KEYS
 from tdxmig_model.model.leaf import LEAF
@@ -226,3 +227,41 @@ def test_a_contract_does_not_stand_in_for_a_proof() -> None:
     (found,) = mutants(system, "plain", [deletion], contract=lambda *_: True)
     assert found.outcome == "survivor"
     assert found.verdicts == (("clean", "unknown"),)
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+def test_a_deleted_guard_of_the_module_is_of_the_contract(capsys, jobs: str) -> None:
+    """Of two guards that nothing rests on, the module refuses a call because of one of them."""
+    kept, unseen = "export_state_vp:stream", "import_track:token_counter"
+    guards = ("--mutant", kept, "--mutant", unseen)
+    code, out = run(capsys, *guards, "--jobs", jobs, "--json")
+    value = json.loads(out)
+    outcomes = {f"{m['step']}:{m['label']}": m["outcome"] for m in value["mutants"]}
+    assert outcomes == {kept: "contract-only", unseen: "equivalent"}
+    assert (code, value["contract_only"], value["equivalent"], value["ok"]) == (0, 1, 1, True)
+
+
+def test_the_table_says_contract_only(capsys) -> None:
+    code, out = run(capsys, "--mutant", "export_state_vp:stream", "--jobs", "1")
+    assert code == 0
+    assert "contract-only" in out
+
+
+def test_the_contract_of_many_guards_is_found_in_one_pass(monkeypatch) -> None:
+    """Nothing is run before the first question, nor for models and profiles without a module."""
+    passes = []
+    found = {("export_state_vp", "stream"): ()}
+
+    def refusals(profile: str, *, depth: int) -> object:
+        passes.append((profile, depth))
+        return found
+
+    monkeypatch.setattr(contract, "refusals", refusals)
+    asked = contract.Contract(HARDENED, 100)
+    assert not asked("keys", "start_export", "mig_dec_key_set")
+    assert not contract.Contract("hardened without R1", 100)("leaf", "export_state_vp", "stream")
+    assert not passes
+    assert asked("leaf", "export_state_vp", "stream")
+    assert asked("memory", "export_state_vp", "stream")
+    assert not asked("leaf", "import_track", "token_counter")
+    assert passes == [(HARDENED, contract.DEPTH)]

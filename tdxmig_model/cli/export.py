@@ -14,7 +14,7 @@ from tdxmig_model.cli import instance, output
 
 @click.command(name="export", epilog="Example: tdxmig export promela lifecycle --vcpus 2 --out .")
 @click.argument("language", type=click.Choice(("tla", "promela", "wireshark")))
-@click.argument("model", type=click.Choice(instance.MODELS), default="lifecycle")
+@instance.model_argument
 @instance.options
 @click.option(
     "--out",
@@ -28,10 +28,16 @@ from tdxmig_model.cli import instance, output
 def command(
     ctx: click.Context, /, language: str, model: str, folder: Path, as_json: bool, **sizes: Any
 ) -> None:
-    """Write MODEL (lifecycle or leaf) as TLA+ for TLC, or as Promela for SPIN.
+    """Write a model as TLA+ for TLC, or as Promela for SPIN.
 
     Both have the states that tdxmig explore counts for the same options; the head of each file
     says how to count them.
+
+    \b
+    MODEL is one of
+      lifecycle, leaf, order, memory, control, keys, key-words, bindings,
+      terms, forks, locks, import-locks, calls, guest-pages
+    and lifecycle by default.
 
     wireshark writes a dissector of the wire format in Lua, tdxmig.lua; it takes no MODEL and no
     sizes.
@@ -48,7 +54,7 @@ def command(
         name = module_name(chosen.system)
         texts = {f"{name}.tla": tla(*given), f"{name}.cfg": tla_config(*given)}
     else:
-        texts = {f"{chosen.system.name}.pml": promela(*given)}
+        texts = {f"{chosen.system.name.replace(' ', '_')}.pml": promela(*given)}
     _write(texts, chosen.warnings, folder, as_json)
 
 

@@ -8,7 +8,7 @@ from typing import Final
 
 from tdxmig_model.backend.soft.module import Profile
 from tdxmig_model.conformance import REPLAYABLE, Replayed, replay_on_modules
-from tdxmig_model.conformance.demonstrations import DEMONSTRATIONS
+from tdxmig_model.conformance.demonstrations import DEMONSTRATIONS, NOT_SHOWN
 from tdxmig_model.errors import ModelError
 from tdxmig_model.expr import not_
 from tdxmig_model.model.systems import SYSTEMS
@@ -98,6 +98,8 @@ def _on_modules(model: str, profile: str, row: Row) -> tuple[tuple[Replayed, ...
     shown = DEMONSTRATIONS.get(row.identifier)
     if shown is not None:
         return tuple(shown(p) for p in profiles), ""
+    if row.identifier in NOT_SHOWN:
+        return (), NOT_SHOWN[row.identifier]
     return (), f"no step of the {model} model is a call of the pair of modules that replays drive"
 
 

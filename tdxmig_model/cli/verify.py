@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 import click
 
 from tdxmig_model.cli import output
+from tdxmig_model.cli.notice import classified
 from tdxmig_model.cli.replayed import Replay, replays
+from tdxmig_model.conformance.contract import Contract
 from tdxmig_model.errors import UsageError
 from tdxmig_model.expr import System
 from tdxmig_model.model.systems import SYSTEMS
@@ -101,8 +103,8 @@ def command(
     1.  With --mutant a violated property exits 1 as well; with --mutants only a survivor does.
 
     A deleted guard is killed (by a run), equivalent (everything is proved without it),
-    contract-only (equivalent, but a status code depends on it) or a survivor (neither a run nor a
-    proof was found).
+    contract-only (equivalent, but the software module refuses a call because of it: a status code
+    depends on it) or a survivor (neither a run nor a proof was found).
 
     A deleted guard is judged in every model that has it.  With --property it is judged by those
     properties; without, by the ones that list it among their guards, or by any if none does.
@@ -235,6 +237,7 @@ def _mutants(
     """Judge the chosen deletions; each is told as soon as it is known."""
     found: list[Mutant] = []
     total = sum(map(len, chosen.values()))
+    contract = Contract(profile, total)
     with output.progress_console().status(f"delete guards: 0 of {total}") as status:
         done = 0
 
@@ -250,7 +253,15 @@ def _mutants(
             pairs = _undecided(system, wanted, found)
             total -= len(wanted) - len(pairs)
             if pairs:
-                found += mutants(system, profile, pairs, seed=seed, jobs=jobs, progress=tick)
+                found += mutants(
+                    system,
+                    profile,
+                    pairs,
+                    seed=seed,
+                    jobs=jobs,
+                    progress=tick,
+                    contract=contract,
+                )
     return found
 
 
@@ -388,7 +399,7 @@ def _print_reports(profile: str, reports: Sequence[Report], *, named: bool, lemm
                 console.print(f"\n{row.identifier} is violated:", style="red")
                 click.echo(row.story.text(console.width))
             if row.kind:
-                click.echo(_classified(row))
+                click.echo(classified(row.identifier, row.removed_by))
         console.print("Assumed:", *(f"\n  {text}" for text in report.assumptions))
     if not named:
         console.print(_not_stated_text())
@@ -416,17 +427,6 @@ def _print_replays(again: Sequence[Replay] | None) -> None:
         click.echo(f"\n{one.text()}")
     if not again:
         click.echo("\nNothing is violated, so there is nothing to replay.")
-
-
-def _classified(row: Row) -> str:
-    """What is to be done about a violation."""
-    repairs = ", ".join(row.removed_by) or "no repair"
-    if row.kind == "public":
-        return f"{row.identifier} is public: {repairs} of specs/repairs.toml removes it"
-    return (
-        f"{row.identifier} is unreported ({repairs} removes it): "
-        "report to the vendor before publishing (SECURITY.md)"
-    )
 
 
 def _not_stated_text() -> str:

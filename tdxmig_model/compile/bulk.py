@@ -25,6 +25,7 @@ from tdxmig_model.expr import (
     Instance,
     Less,
     Lookup,
+    MapVariable,
     Member,
     Node,
     Not,
@@ -270,8 +271,12 @@ def _change_lines(writer: ArrayWriter, signature: str) -> list[str]:
             else writer.column(assign.target)
         )
         here = column
-        if assign.keys:
-            here = f"{column}[{writer.offset(assign.target, assign.keys)}]"  # type: ignore[arg-type]
+        if isinstance(assign.target, MapVariable) and assign.keys:
+            place = writer.offset(assign.target, assign.keys)
+            if not writer.surely_all_inside(assign.target, assign.keys):
+                values.append(f"    place_{len(values)} = {place}")
+                place = f"place_{len(values) - 1}"
+            here = f"{column}[{place}]"
         name = f"new_{len(values)}"
         values.append(f"    {name} = {_change(writer, assign, here)}  # {assign}")
         writes.append(f"    {f'{column}[:]' if assign.bound else here} = {name}")

@@ -2,8 +2,8 @@
 
 The state is that of the interpreter: a list with one slot per variable, a map being a flat list, a
 NumPy array or a `Sparse`.  A guard reads; an apply changes the list it is given, and reads
-everything before it writes anything.  Neither checks that a parameter is inside its domain, which
-`Compiled.outside` does; a negative index would count from the end.
+everything before it writes anything.  A computed key outside its index is an IndexError, as in the
+interpreter.  Neither checks that a parameter is inside its domain, which `Compiled.outside` does.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class CompiledStep:
         early: dict[str, str] = {}
         late = []
 
-        def settled(text: str, terms: Sequence[Node]) -> str:
-            if not written or not any(may_fail(t) or reads(t) & written for t in terms):
+        def settled(text: str, terms: Sequence[Node], *, sure: bool = True) -> str:
+            if not written or (sure and not any(may_fail(t) or reads(t) & written for t in terms)):
                 return text
             return early.setdefault(text, f"before_{len(early)}")
 
@@ -107,7 +107,9 @@ class CompiledStep:
                 column = self._writer.column(assign.target)
                 late.append(f"    fill({column}, {value}){comment}")
             else:
-                offset = settled(self._writer.offset(assign.target, assign.keys), assign.keys)
+                offset = self._writer.offset(assign.target, assign.keys)
+                sure = self._writer.surely_all_inside(assign.target, assign.keys)
+                offset = settled(offset, assign.keys, sure=sure)
                 column = self._writer.column(assign.target)
                 late.append(f"    {column}[{offset}] = {value}{comment}")
         lines = [f"def apply({self._signature}):"]

@@ -49,12 +49,23 @@ CHOICE, OR, AND, NOT, COMPARE, ADD, ATOM = range(7)
 def identifier(name: str) -> str:
     """A name of the model as a Python name that no generated name can be."""
     plain = "".join(c if c.isalnum() else "_" for c in name)
-    return f"{plain}_" if keyword.iskeyword(plain) or plain == "state" else plain
+    return f"{plain}_" if keyword.iskeyword(plain) or plain in ("state", "inside") else plain
 
 
 def no_size(index: str) -> NoReturn:
     """What generated code calls where it would have to enumerate an unbounded index."""
     raise ModelError(f"{index} has no size in this instance and cannot be enumerated")
+
+
+def inside(key: int, size: int) -> int:
+    """What generated code calls for a computed key: IndexError if it is outside its index.
+
+    Without it a negative one would count from the end, and one of several keys that is too large
+    would be the position of another element.
+    """
+    if 0 <= key < size:
+        return key
+    raise IndexError(f"{key} is not in the range 0 to {size - 1}")
 
 
 class Writer:
@@ -80,13 +91,40 @@ class Writer:
 
     def offset(self, variable: MapVariable, keys: Iterable[Node]) -> str:
         """The expression for the flat position of an element."""
-        first, *others = keys
-        flat, level = self._write(first)
-        for key, kind in zip(others, variable.indexes[1:], strict=True):
+        (key, kind), *others = zip(keys, variable.indexes, strict=True)
+        flat, level = self.key(key, kind)
+        for key, kind in others:
             bracketed = f"({flat})" if level < ADD + 1 else flat
-            flat = f"{bracketed} * {self._size(kind)} + {self.at(key, ADD)}"
+            text, own = self.key(key, kind)
+            flat = f"{bracketed} * {self._size(kind)} + {text if own >= ADD else f'({text})'}"
             level = ADD
         return flat
+
+    def key(self, key: Node, kind: IndexType) -> tuple[str, int]:
+        """The expression for one key, and its level; it is checked unless it is surely inside."""
+        if self.surely_inside(key, kind):
+            return self._write(key)
+        return f"inside({self.text(key)}, {self._size(kind)})", ATOM
+
+    def surely_inside(self, key: Node, kind: IndexType) -> bool:
+        """Whether a key needs no check: an element of the index, or of one without a size."""
+        size = self.instance.size(kind)
+        if size is None:
+            return True
+        match key:
+            case Literal() | Constant():
+                value = key.value if isinstance(key, Literal) else self.instance.constant(key)
+                return 0 <= int(value) < size
+            case Parameter() | Bound() if isinstance(key.type, IndexType):
+                own = self.instance.size(key.type)
+                return own is not None and own <= size
+            case _:
+                return not kind.ordered  # nothing is computed from an element of a sort
+
+    def surely_all_inside(self, variable: MapVariable, keys: Iterable[Node]) -> bool:
+        """Whether no key of an element needs a check."""
+        pairs = zip(keys, variable.indexes, strict=True)
+        return all(self.surely_inside(key, kind) for key, kind in pairs)
 
     def parameter(self, node: Parameter) -> str:
         """The expression for a parameter of the step."""
@@ -210,7 +248,7 @@ def define(source: str, name: str, known: Mapping[str, object]) -> dict[str, Any
     """
     filename = f"<{name} {sha256(source.encode()).hexdigest()[:8]}>"
     linecache.cache[filename] = (len(source), None, source.splitlines(True), filename)
-    space: dict[str, Any] = {"no_size": no_size, **known}
+    space: dict[str, Any] = {"no_size": no_size, "inside": inside, **known}
     exec(compile(source, filename, "exec"), space)
     return space
 

@@ -8,17 +8,51 @@ not.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from tdxmig_model.backend.soft.module import Profile
 from tdxmig_model.conformance.alphabet import calls
 from tdxmig_model.conformance.migration import MIGRATION, begin, go_on, scene, scenes
+from tdxmig_model.conformance.replay import REPLAYABLE
 from tdxmig_model.conformance.twin import Call, Twin
+
+_PROFILES: Final[tuple[Profile, ...]] = ("tdx-1.5.01", "hardened")
 
 Conjunct = tuple[str, str]
 """A row and the label of one conjunct of its guard."""
 
 Shown = dict[Conjunct, tuple[Call, ...]]
 """A conjunct -> a run whose last call the module refuses, and only that conjunct the model."""
+
+DEPTH = 1
+"""How many calls from the migration and the scenes a refusal is looked for."""
+
+FEW = 4
+"""For up to so many conjuncts it is quicker to look for each by itself than for all at once."""
+
+
+class Contract:
+    """Whether the software module checks a conjunct, for a campaign of about `expected` questions.
+
+    Nothing is run before the first question.  For many the answers to all are found at once then,
+    which takes most of a minute.  The models whose rows are no calls of a pair of modules, and the
+    profiles that no module has, have no answer: for these it is False.
+    """
+
+    def __init__(self, profile: str, expected: int) -> None:
+        self.profile: Profile | None = next((p for p in _PROFILES if p == profile), None)
+        self._expected = expected
+        self._shown: Shown | None = None
+
+    def __call__(self, model: str, step: str, label: str) -> bool:
+        """Does the module refuse a call that the model's row allows without the conjunct?"""
+        if model not in REPLAYABLE or self.profile is None:
+            return False
+        if self._expected <= FEW:
+            return distinguishes(self.profile, step, label, depth=DEPTH) is not None
+        if self._shown is None:
+            self._shown = refusals(self.profile, depth=DEPTH)
+        return (step, label) in self._shown
 
 
 def refusals(profile: Profile, *, depth: int = 0, wanted: Conjunct | None = None) -> Shown:

@@ -11,19 +11,27 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Final
 
+import numpy as np
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from tdxmig_model.backend.soft.call import STREAM_COMMAND_BIT, Registers
-from tdxmig_model.backend.soft.fields import FIELDS
+from tdxmig_model.backend.soft.call import NO_PAGE, STREAM_COMMAND_BIT, Registers
+from tdxmig_model.backend.soft.fields import FIELDS, identifier_key
 from tdxmig_model.backend.soft.guest import EptViolation
-from tdxmig_model.backend.soft.leaves_build import ATTR_DEBUG, TD_PARAMS, TD_PARAMS_SIZE
+from tdxmig_model.backend.soft.leaves_build import (
+    ATTR_DEBUG,
+    TD_PARAMS,
+    TD_PARAMS_SIZE,
+    attributes_valid,
+    int_field,
+)
+from tdxmig_model.backend.soft.metadata import LIST_HEADER_SIZE, SLOT_SIZE
 from tdxmig_model.backend.soft.module import Profile
 from tdxmig_model.backend.soft.op_state import GuestLeaf, Leaf
 from tdxmig_model.backend.soft.status import FATAL_BIT, LOW_32, Status, is_error, status_name
 from tdxmig_model.conformance import keys
 from tdxmig_model.conformance.answers import INTERRUPTED
 from tdxmig_model.conformance.replay import Replayed
-from tdxmig_model.conformance.side import HOST_LP, Side, gpa_of
+from tdxmig_model.conformance.side import HOST_LP, Side, always, gpa_of
 from tdxmig_model.conformance.twin import Call, Twin
 from tdxmig_model.errors import ModelError
 from tdxmig_model.model.memory import MEMORY
@@ -156,22 +164,61 @@ def _word(status: int) -> str:
 
 def required_field_skipped(profile: Profile) -> Replayed:
     """Immutable state in which a required field is present under write mask 0 ("eddie")."""
+    shown, destination = _import_with_masked(profile, "EPTP")
+    if shown.refused:
+        return _refuses_bundle(shown)
+    skipped = [one.detail for one in destination.host.module.findings]
+    why = f"the import succeeds and a required field was never written: {', '.join(skipped)}"
+    return shown.end(reproduces=bool(skipped), why=why)
+
+
+def attributes_skipped(profile: Profile) -> Replayed:
+    """The same of ATTRIBUTES, which are then those of no TD that was ever checked."""
+    shown, destination = _import_with_masked(profile, "ATTRIBUTES")
+    if shown.refused:
+        return _refuses_bundle(shown)
+    left = int_field(destination.tdcs, "ATTRIBUTES")
+    why = f"the import succeeds and ATTRIBUTES are 0x{left:X}: not those of a migratable TD"
+    return shown.end(reproduces=not attributes_valid(left, importing=True), why=why)
+
+
+def _import_with_masked(profile: Profile, name: str) -> tuple[_Shown, Side]:
+    """Import immutable state in which one field comes under write mask 0."""
     shown = _Shown(profile, 1)
     source, destination = _pair(profile)
     mbmd, pages = _export(source, Leaf.EXPORT_STATE_IMMUTABLE, source.td.tdr)
     plain = _opened(mbmd, pages)
-    header = struct.pack("<Q", FIELDS["EPTP"].identifier)
-    masked = struct.pack("<QQ", FIELDS["EPTP"].identifier | WRITE_MASK_VALID, 0)
-    (used,) = struct.unpack_from("<H", plain[1])
-    changed = struct.pack("<H", used + 8) + plain[1][2:].replace(header, masked, 1)
-    forged = _sealed(mbmd, [plain[0], changed[:PAGE_SIZE], *plain[2:]])
+    forged = _sealed(mbmd, [plain[0], _masked(plain[1], name), *plain[2:]])
     operands = _operands(destination, destination.td.tdr, *forged)
     status = destination.call(Leaf.IMPORT_STATE_IMMUTABLE, operands).rax
-    if not shown.call("import_state_immutable", status):
-        return shown.end(reproduces=False, why=f"the module refuses the bundle: {_word(status)}")
-    skipped = [one.detail for one in destination.host.module.findings]
-    why = f"the import succeeds and a required field was never written: {', '.join(skipped)}"
-    return shown.end(reproduces=bool(skipped), why=why)
+    shown.call("import_state_immutable", status)
+    return shown, destination
+
+
+def _masked(page: bytes, name: str) -> bytes:
+    """The metadata page with one field under write mask 0, in a sequence of its own."""
+    used, sequences = struct.unpack_from("<HH", page)
+    places = range(LIST_HEADER_SIZE, used, SLOT_SIZE)
+    wanted = FIELDS[name].identifier
+    words = {at: struct.unpack_from("<Q", page, at)[0] for at in places}
+    key = identifier_key(wanted)
+    at, header = next((at, word) for at, word in words.items() if identifier_key(word) == key)
+    end = at + 2 * SLOT_SIZE
+    own = struct.pack("<QQ", wanted | WRITE_MASK_VALID, 0) + page[at + SLOT_SIZE : end]
+    more = SLOT_SIZE
+    if header != wanted:  # one more field is in this sequence, and begins one of its own
+        own += struct.pack("<Q", FIELDS[_NEIGHBOUR[name]].identifier)
+        more, sequences = more + SLOT_SIZE, sequences + 1
+    changed = struct.pack("<HH", used + more, sequences) + page[4:at] + own + page[end:]
+    return changed[:PAGE_SIZE]
+
+
+_NEIGHBOUR: Final = MappingProxyType({"ATTRIBUTES": "XFAM"})
+"""What the exporter puts into one sequence with a field."""
+
+
+def _refuses_bundle(shown: _Shown) -> Replayed:
+    return shown.end(reproduces=False, why=f"the module refuses the bundle: {shown.refused[-1][2]}")
 
 
 def read_outside_a_list(profile: Profile) -> Replayed:
@@ -236,6 +283,104 @@ def _start(shown: _Shown, source: Side, why: str) -> Replayed:
     return shown.end(reproduces=False, why=f"the module refuses to start: {_word(status)}")
 
 
+# --- R4: an import leaf uses a stream of an export that is only beginning ------------------------
+
+_TAKEN_OVER: Final[tuple[tuple[str, Mapping[str, int]], ...]] = (
+    ("destination_mig_stream_create", _NOTHING),
+    ("source_set_migration_key", _NOTHING),
+    ("export_state_immutable", _NOTHING),
+    ("export_pause", _NOTHING),
+    ("export_state_td", _NOTHING),
+    ("export_state_vp", {"stream": 0, "v": 0}),
+    ("export_track_start", _NOTHING),
+    ("destination_set_migration_key", _NOTHING),
+    ("import_state_immutable", {"m": 0}),
+    ("import_state_td", {"m": 1}),
+    ("import_state_vp", {"stream": 0, "m": 2, "v": 0}),
+    ("import_track_start", {"m": 3}),
+    ("import_commit", _NOTHING),
+)
+_STREAM: Final = 1
+"""Not stream 0, which the beginning export has in use."""
+
+
+def bundle_of_another_session(profile: Profile) -> Replayed:
+    """A TD that was taken over sends under the key with which it should only receive.
+
+    Whoever sent it that key sent it to a third TD, which imports something else.
+    """
+    shown = _Shown(profile, len(_TAKEN_OVER) + 7)
+    sender = _brought(shown, _TAKEN_OVER, streams=2).destination.side
+    third = _third(profile)
+    shown.call("import_state_immutable", 0)
+    shown.call("write_dec_key", sender.write_key(_SHARED))
+    buffers = sender.buffers()
+    operands = {"rcx": sender.td.tdr, "r8": buffers.mbmd_register, "r9": buffers.page_list(3)}
+    leaf = Leaf.EXPORT_STATE_IMMUTABLE
+    shown.call("start_export", sender.call(leaf, operands, interrupt=always).rax)
+    status = _memory(sender, Leaf.IMPORT_MEM)
+    touched = sender.tdcs.links[1 + _STREAM].initialized
+    if not shown.call("import_mem", status, counts=touched):
+        why = f"the module refuses IMPORT.MEM while the export begins: {_word(status)}"
+        return shown.end(reproduces=False, why=why)
+    resumed = sender.call(leaf, operands, r10=STREAM_COMMAND_BIT).rax
+    shown.call("start_export, RESUME", resumed)
+    sent = _memory(sender, Leaf.EXPORT_MEM)
+    shown.call("export_mem", sent)
+    entry = _carry(sender, third)
+    accepted = shown.call("import_mem", _memory(third, Leaf.IMPORT_MEM, entry))
+    why = "a TD accepts a bundle of a session in which it has no part"
+    return shown.end(reproduces=accepted, why=why)
+
+
+_SHARED: Final = keys.key_of(7)
+"""The key of one source that is given to two TDs."""
+
+
+def _third(profile: Profile) -> Side:
+    """A TD that imports what another source exports under the shared key."""
+    source = Side("source", profile, 1, 1, 2, 0)
+    third = Side("destination", profile, 1, 1, 2, 0)
+    source.write_key(keys.key_of(1))
+    source.tdcs.mig_enc_key = _SHARED
+    third.write_key(_SHARED)
+    for side in (source, third):
+        side.create_stream()
+    mbmd, pages = _export(source, Leaf.EXPORT_STATE_IMMUTABLE, source.td.tdr)
+    operands = _operands(third, third.td.tdr, mbmd, pages)
+    status = third.call(Leaf.IMPORT_STATE_IMMUTABLE, operands).rax
+    if is_error(status):
+        raise ModelError(f"import_state_immutable is refused: {_word(status)}")
+    return third
+
+
+def _carry(sender: Side, third: Side) -> int:
+    """Bring the MBMD and the MAC of the bundle from one host to the other; its entry."""
+    sent, taken = sender.buffers(_STREAM), third.buffers(_STREAM)
+    taken.write_mbmd(sent.read_mbmd())
+    mac = bytes(sender.host.memory.bytes[sent.macs_low : sent.macs_low + 16])
+    third.host.memory.bytes[taken.macs_low : taken.macs_low + 16] = mac
+    return int(sent.entries(1)[0])
+
+
+def _memory(side: Side, leaf: Leaf, entry: int = 0) -> int:
+    """A memory call with one entry, by default one that asks for nothing; its status."""
+    buffers = side.buffers(_STREAM)
+    gpas = buffers.gpa_list(np.array([entry], dtype=np.uint64))
+    buffers.offer_buffers(1)
+    operands = {
+        "rcx": gpas,
+        "rdx": side.td.tdr,
+        "r8": buffers.mbmd_register,
+        "r9": buffers.list,
+        "r10": _STREAM,
+        "r11": buffers.macs_low,
+        "r12": buffers.macs_high,
+        "r13": NO_PAGE,
+    }
+    return side.call(leaf, operands).rax
+
+
 # --- R1 and R13: a call that fails after it has changed what counts ------------------------------
 
 _FAILED_EXPORT: Final[tuple[tuple[str, Mapping[str, int]], ...]] = (
@@ -263,9 +408,11 @@ def failed_export(profile: Profile) -> Replayed:
     return shown.end(reproduces=lost, why=why)
 
 
-def _brought(shown: _Shown, moves: Sequence[tuple[str, Mapping[str, int]]]) -> Twin:
+def _brought(
+    shown: _Shown, moves: Sequence[tuple[str, Mapping[str, int]]], *, streams: int = 1
+) -> Twin:
     """A pair on which these calls were made; ModelError if one is refused."""
-    twin = Twin(MEMORY.under(shown.profile), shown.profile, pages=1)
+    twin = Twin(MEMORY.under(shown.profile), shown.profile, pages=1, streams=streams)
     for row, values in moves:
         outcome = twin.attempt(Call((row,), values))
         if outcome.kind != "accepted":
@@ -330,9 +477,11 @@ def _accept(side: Side) -> int:
 
 DEMONSTRATIONS: Final[Mapping[str, Callable[[Profile], Replayed]]] = MappingProxyType(
     {
+        "P9": bundle_of_another_session,
         "P21": import_taken_over,
         "P41": import_taken_over,
         "P22": required_field_skipped,
+        "P23": attributes_skipped,
         "P24": read_outside_a_list,
         "P28": one_key_for_both_directions,
         "P29": key_of_the_session_before,
@@ -341,3 +490,8 @@ DEMONSTRATIONS: Final[Mapping[str, Callable[[Profile], Replayed]]] = MappingProx
     }
 )
 """By the property that they break in tdx-1.5.01."""
+
+NOT_SHOWN: Final[Mapping[str, str]] = MappingProxyType(
+    {"P11": "the release knows migration version 0 alone, and the module refuses to write another"}
+)
+"""Why no calls break a property that a model of tdx-1.5.01 breaks."""

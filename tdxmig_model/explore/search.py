@@ -274,7 +274,7 @@ class _Search:
             states = np.array(self.order, np.int64)
         # Moved above zero and big-endian, so that bytes sort as the numbers do.
         width = 2 if np.abs(states).max(initial=0) < 2**15 else 8
-        moved = states.astype(np.int64) + 2**15 if width == 2 else states.astype(np.int64) + 2**62
+        moved = states + 2**15 if width == 2 else states.astype(np.int64) + 2**62
         rows = np.ascontiguousarray(moved.astype(f">u{width}"))
         order = np.argsort(rows.view(f"S{rows.strides[0]}").ravel(), kind="stable")
         rank = np.empty(len(order), np.int64)

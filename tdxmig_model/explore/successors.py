@@ -18,6 +18,7 @@ from tdxmig_model.expr import (
     Count,
     CountBelow,
     ForAll,
+    IndexType,
     Instance,
     Interpreter,
     Literal,
@@ -82,17 +83,23 @@ class FlatWriter(Writer):
         values = [int(k.value) for k in keys if isinstance(k, Literal)]
         return self.base[variable.name] + self._positions.offset(variable, values)
 
+    def key(self, key: Node, kind: IndexType) -> tuple[str, int]:
+        """The expression for a key, unchecked: a condition of the step before it sees to that."""
+        return self._write(key)
+
     def place(self, variable: MapVariable, keys: Sequence[Node]) -> str:
         """The expression for the position of an element in the flat state."""
         base = self.base[variable.name]
         return f"{base} + {self.offset(variable, keys)}" if base else self.offset(variable, keys)
 
     def element(self, node: Read) -> str:
-        position = self.position(node.map, node.keys)
+        try:
+            position = self.position(node.map, node.keys)
+        except IndexError:
+            return "never"  # evaluation does not come here, and the name is never looked up
         if position is None:
             return f"state[{self.place(node.map, node.keys)}]"
-        # Outside only where evaluation does not come; the name is never looked up.
-        return self.names[position] if 0 <= position < self.width else "never"
+        return self.names[position]
 
     def _write(self, node: Node) -> tuple[str, int]:
         match node:

@@ -143,10 +143,17 @@ class Interpreter:
         self.slots = slots(system)
 
     def offset(self, variable: MapVariable, keys: Sequence[int]) -> int:
-        """The flat position of one element."""
-        flat = int(keys[0])
-        for key, kind in zip(keys[1:], variable.indexes[1:], strict=True):
-            flat = flat * self.instance.bounded(kind) + int(key)
+        """The flat position of one element.
+
+        IndexError for a key outside its index: the position could be that of another element.  In
+        an index without a size, which only the first one may be, no key is outside.
+        """
+        flat = 0
+        for place, (key, kind) in enumerate(zip(keys, variable.indexes, strict=True)):
+            size = self.instance.bounded(kind) if place else self.instance.size(kind)
+            if size is not None and not 0 <= key < size:
+                raise IndexError(f"{variable.name} has no element {key} of {kind.name}")
+            flat = flat * (size or 0) + int(key)
         return flat
 
     def value(self, node: Node, state: Sequence[Any], env: Mapping[str, Value]) -> Value:
