@@ -141,6 +141,7 @@ PARTS = (
     "remigrate",
     "cancel",
     "end",
+    "refused",
 )
 
 

@@ -1,6 +1,6 @@
 """Sizes and ceilings with which each model is explored and exported if none are given.
 
-A search of them ends in seconds (of the memory model with the published profile, in half a minute)
+A search of them ends in seconds (of the memory model with the published profile, in a minute)
 and reaches every goal but a second session of the leaf model.  specs/expect.json has larger ones.
 """
 

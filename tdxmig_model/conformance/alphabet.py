@@ -120,6 +120,8 @@ def _imports(twin: Twin, stream: int) -> Iterator[Call]:
         yield Call(("import_mem_nop",), here)
     if _asks(twin, "import_mem_end", here, "last_entry"):
         yield Call(("import_mem_end",), here)
+    if twin.enabled("import_mem_refused", here):
+        yield Call(("import_mem_refused",), here)
 
 
 def _import_entries(twin: Twin, here: Values) -> Iterator[Call]:

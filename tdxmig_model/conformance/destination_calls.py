@@ -70,6 +70,7 @@ class DestinationCalls:
             "import_mem_cancel": lambda stream, p: self._entry(stream, p, cancel),
             "import_mem_nop": self._skip,
             "import_mem_end": self._end,
+            "import_mem_refused": self._refused,
             "import_track": self._track,
             "import_track_start": self._track,
             "import_state_td": lambda m: self._state(Leaf.IMPORT_STATE_TD, side.td.tdr, m),
@@ -234,6 +235,13 @@ class DestinationCalls:
             return Answer(False, registers.rax)
         self.importing[stream] = Unfinished(1, registers.rcx, sent)
         return Answer(True, registers.rax)
+
+    def _refused(self, stream: int) -> Answer:
+        """A new call whose MBMD is none: that it is refused is what the row says."""
+        self.side.buffers(stream).write_mbmd(bytes(48))
+        rcx = GpaListInfo(self.side.buffers(stream).gpas, self.slots - 1).to_register()
+        answer = of_call(self._import(stream, rcx, 0).rax)
+        return replace(answer, accepted=answer.word == "INVALID_MBMD")
 
     def _resume_at(self, stream: int) -> Unfinished:
         known = self.importing.get(stream)

@@ -308,6 +308,19 @@ STEPS = (
         part_of="import_mem",
     ),
     step(
+        "import_mem_refused",
+        DESTINATION,
+        (i,),
+        when=(
+            _in(MEMORY_IMPORT, STATE_IMPORT, POST_IMPORT, LIVE_IMPORT),
+            need("unfinished", unfinished[i]),
+        ),
+        then=(unfinished[i].to(False),),
+        why="A new call is refused for its MBMD, and yet it ends the unfinished one of its stream.",
+        cite=cite_leaf("IMPORT.MEM", 83),
+        part_of="import_mem",
+    ),
+    step(
         "import_track",
         DESTINATION,
         (m,),
