@@ -95,12 +95,6 @@ def _of_a_log(model: str, sizes: Sizes) -> dict[str, int]:
         "token_position": bundles,
     }
     if model == "memory":
-        entries = sizes["Entry"]
-        limits |= {
-            "source_sent_bundle": bundles - 1,
-            "source_sent_entry": entries,
-            "destination_last_bundle": bundles - 1,
-            "destination_last_entry": entries,
-            "destination_accepted_end": bundles + 1,
-        }
+        # Positions of bundles are left at "": a page is sent in the first bundle that can have it.
+        limits["destination_accepted_end"] = bundles + 1
     return limits
