@@ -26,6 +26,7 @@ _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _SIZE = re.compile(r"(\d+)\s*([a-z]*)")
 
 GUESTS = ("idle", "random-writer", "hot-set", "sequential", "page-converter")
+TRANSPORTS = ("unix", "tcp", "tls", "file")
 PROFILES = ("hardened", "tdx-1.5.01")
 
 
@@ -125,7 +126,7 @@ class _WithEvents(click.Command):
     metavar="SECONDS",
     help="Stop the run after so long [default: 300 s and one more for each MiB].",
 )
-@click.option("--transport", type=click.Choice(("unix", "tcp")), default="unix", show_default=True)
+@click.option("--transport", type=click.Choice(TRANSPORTS), default="unix", show_default=True)
 @click.option(
     "--trace-dir",
     type=click.Path(file_okay=False, path_type=Path),

@@ -63,6 +63,8 @@ class Ending(enum.StrEnum):
     """The destination may run the TD and the source may not."""
     ABORTED = "aborted"
     """The migration session is over on this side and was given up."""
+    STORED = "stored"
+    """The TD is in a file that somebody may load; the source may not run it."""
     UNDECIDED = "undecided"
     """The source gave the start token away and does not know what became of it."""
 

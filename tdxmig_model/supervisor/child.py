@@ -24,9 +24,13 @@ from tdxmig_model.premigration import Identity
 from tdxmig_model.session import Hooks, Progress, SideOutcome
 from tdxmig_model.supervisor import signals
 from tdxmig_model.supervisor.options import At, RunOptions
+from tdxmig_model.transport import TlsFiles
 
 PROGRESS_SECONDS: Final = 0.1
 
+TLS_DIRECTORY: Final = "tls"
+TLS_NAME: Final = "localhost"
+"""The name of a destination on this host in its certificate."""
 
 PlainAddress: TypeAlias = str | tuple[str, int]
 """A Unix path or host and port, as the standard library's sockets have it."""
@@ -48,6 +52,10 @@ class Place:
     traces: Path
     identity: Identity
     peer_certificate: bytes
+
+    def tls(self, endpoint: str) -> TlsFiles:
+        """The certificates of this run for TLS on the stream."""
+        return TlsFiles.in_directory(self.work / TLS_DIRECTORY, endpoint)
 
 
 @dataclass(frozen=True, slots=True)
