@@ -164,7 +164,7 @@ def command(ctx: click.Context, /, as_json: bool, **chosen: Any) -> None:
 
     options = RunOptions(stop_at=chosen.pop("abort_at"), **chosen)
     with StopSignals() as signals:
-        with _progress() as show:
+        with progress_lines() as show:
             result = run_migration(options, show, signals)
         if as_json:
             output.emit_json(result.as_json())
@@ -174,7 +174,7 @@ def command(ctx: click.Context, /, as_json: bool, **chosen: Any) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
+def progress_lines() -> Iterator[Callable[[Progress], None]]:
     """One line per side on stderr, where that is a terminal."""
     console = output.progress_console()
     if console.quiet:
@@ -232,8 +232,8 @@ def _summary(result: RunResult) -> list[tuple[str, str]]:
         ("pages", f"{result.pages} ({result.pages_sent} sent in {result.epochs} epochs)"),
         ("bundles", f"{result.bundles}, {result.bytes / (1 << 20):.1f} MiB"),
         ("vCPUs, streams", f"{result.vcpus}, {result.streams}"),
-        ("downtime", _with_unit(result.downtime_ms, "ms")),
-        ("throughput", _with_unit(result.throughput_mib_s, "MiB/s")),
+        ("downtime", with_unit(result.downtime_ms, "ms")),
+        ("throughput", with_unit(result.throughput_mib_s, "MiB/s")),
         ("memory equal", _answer(result.memory_equal)),
         ("vCPUs equal", _answer(result.vcpus_equal)),
         ("source", _state(result.source_state, result.source_runnable)),
@@ -261,7 +261,7 @@ def _verdict(result: RunResult) -> str:
     return f"{verdict} ({trace['steps']} steps)"
 
 
-def _with_unit(value: float | None, unit: str) -> str:
+def with_unit(value: float | None, unit: str) -> str:
     return "-" if value is None else f"{value:.1f} {unit}"
 
 

@@ -111,6 +111,14 @@ class SideReport:
     """False: sent ahead, as soon as the session was over; a whole one follows."""
     trace_failure: str | None = None
     """Why the trace of this side is incomplete."""
+    ended_at: float | None = None
+    """When its session was over, in seconds of its clock."""
+
+    @property
+    def seconds(self) -> float | None:
+        """How long its session took."""
+        began = self.outcome.started_at
+        return None if began is None or self.ended_at is None else self.ended_at - began
 
 
 class Link:
