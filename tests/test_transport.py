@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import socket
@@ -23,6 +24,7 @@ from tdxmig_model.transport import (
     Faults,
     Listener,
     SocketTransport,
+    Span,
     TlsFiles,
     TlsTransport,
     Transport,
@@ -30,7 +32,7 @@ from tdxmig_model.transport import (
     memory_pair,
     secure,
 )
-from tdxmig_model.transport.socket import MAX_BUFFERS
+from tdxmig_model.transport.socket import KEEP_ALIVE_SECONDS, MAX_BUFFERS
 
 TLS_KINDS = ["tls", "tls-tcp6"]
 SOCKET_KINDS = ["unix", "tcp", "tcp6", *TLS_KINDS]
@@ -248,12 +250,43 @@ def test_a_truncation_ends_the_stream_and_the_sender_does_not_notice() -> None:
         far.recv(1, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("faults", "arrives"),
+    [
+        (Faults(lost=Span(2, 3)), b"abfghij"),
+        (Faults(repeated=Span(2, 3)), b"abcdecdefghij"),
+        (Faults(late=Span(2, 3)), b"abfghcdeij"),
+        (Faults(late=Span(8, 2)), b"abcdefgh"),  # nothing follows, so they never arrive
+        (Faults(lost=Span(0, 10)), b""),
+        (Faults(repeated=Span(1, 1), cut_at=3), b"abbc"),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 10])
+def test_bytes_are_lost_repeated_or_late_wherever_the_buffers_begin(
+    faults: Faults, arrives: bytes, size: int
+) -> None:
+    near, far = memory_pair(forward=faults)
+    data = b"abcdefghij"
+    for at in range(0, len(data), size):
+        with contextlib.suppress(PeerLost):
+            near.send([data[at : at + size]])
+    near.close()
+    received = b""
+    with contextlib.suppress(PeerLost):
+        while True:
+            received += far.recv(100, 0.0)
+    assert received == arrives
+
+
 def test_drawn_faults_repeat_with_the_seed_and_cover_every_kind() -> None:
     drawn = [Faults.drawn(random.Random(seed), 1000) for seed in range(50)]
     assert drawn == [Faults.drawn(random.Random(seed), 1000) for seed in range(50)]
     assert any(fault.cut_at is not None for fault in drawn)
     assert any(fault.flip_at is not None for fault in drawn)
     assert any(fault.truncate_at is not None for fault in drawn)
+    assert any(fault.lost is not None for fault in drawn)
+    assert any(fault.repeated is not None for fault in drawn)
+    assert any(fault.late is not None for fault in drawn)
 
 
 @pytest.mark.parametrize(
@@ -262,6 +295,7 @@ def test_drawn_faults_repeat_with_the_seed_and_cover_every_kind() -> None:
         ("tcp:example.org:9000", Address("tcp", host="example.org", port=9000)),
         ("tcp:[fe80::1]:0", Address("tcp", host="fe80::1", port=0)),
         ("unix:/run/td 1", Address("unix", path="/run/td 1")),
+        ("file:td:1", Address("file", path="td:1")),
     ],
 )
 def test_addresses_are_read_and_written_back(text: str, address: Address) -> None:
@@ -272,7 +306,17 @@ def test_addresses_are_read_and_written_back(text: str, address: Address) -> Non
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "unix:", "unix:a\0b", "tcp:9000", "tcp::1", "tcp:::1:80", "tcp:h:65536"),
+        *(
+            "",
+            "unix:",
+            "file:",
+            "file:a\0b",
+            "unix:a\0b",
+            "tcp:9000",
+            "tcp::1",
+            "tcp:::1:80",
+            "tcp:h:65536",
+        ),
         *("tcp:h:-1", "tcp:h:", "tcp:h:８０", "udp:h:1", "host:80"),
     ],
 )
@@ -334,3 +378,20 @@ def test_a_stale_unix_socket_is_replaced_and_anything_else_is_not(tmp_path: Path
     with pytest.raises(UsageError, match="cannot listen"):
         Listener(f"unix:{precious}")
     assert precious.read_text() == "precious"
+
+
+def test_a_file_is_no_place_to_connect_to() -> None:
+    with pytest.raises(UsageError, match="is a file"):
+        connect("file:td", 1.0)
+    with pytest.raises(UsageError, match="is a file"):
+        Listener("file:td")
+
+
+@pytest.mark.parametrize("kind", ["tcp", "tcp6", "tls"])
+def test_the_kernel_asks_whether_a_silent_host_is_still_there(kind: str, pair: Pair) -> None:
+    with pair(kind) as ends:
+        for end in ends:
+            with socket.socket(fileno=os.dup(end.fileno())) as connection:  # type: ignore[attr-defined]
+                assert connection.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+                idle = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE)
+                assert idle == KEEP_ALIVE_SECONDS

@@ -263,7 +263,7 @@ class Side(ABC):
         try:
             self.outcome.op_state = self.op_state
             self.outcome.runnable = self.runnable
-            self.outcome.bytes = self.transport.bytes_sent or self.transport.bytes_received
+            self.outcome.bytes = max(self.transport.bytes_sent, self.transport.bytes_received)
             self.trace.note(self.outcome.sentence, op_state=self.outcome.op_state)
             self.trace.flush()
             if self.trace.failure is not None and not self.outcome.cause:

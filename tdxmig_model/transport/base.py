@@ -85,6 +85,10 @@ class Inbox:
             self._chunks.append(memoryview(data))
             self.size += len(data)
 
+    def peek(self, limit: int) -> bytes:
+        """Up to ``limit`` bytes, which stay."""
+        return b"".join(self._chunks[self._head :])[:limit]
+
     def take_into(self, target: memoryview) -> int:
         """Move as many bytes as there are and fit into ``target``; returns how many."""
         done = 0

@@ -111,6 +111,10 @@ class TlsTransport(SocketTransport):
                 self._ended = "the peer closed the connection"
         return True
 
+    def peek(self, limit: int) -> bytes:
+        self.poll()
+        return self._ahead.peek(limit)
+
     def close(self) -> None:
         """Also tell the peer that this is the end: without that it was cut off."""
         if not self._closed:
