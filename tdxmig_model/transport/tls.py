@@ -86,10 +86,19 @@ class TlsTransport(SocketTransport):
         return bytes(data[: self._receive_some_into(memoryview(data))])
 
     def _receive_some_into(self, target: memoryview) -> int:
-        """Whole records while there are any; what ends the connection after some is told later."""
+        """All records that are there; what ends the connection after some is told by the next."""
         done = _non_blocking(lambda: self._socket.recv_into(target))
-        while 0 < done < target.nbytes and self._socket.pending():
-            done += self._socket.recv_into(target[done:])
+        while 0 < done < target.nbytes and not self._ended:
+            try:
+                count = self._socket.recv_into(target[done:])
+            except ssl.SSLWantReadError:
+                break
+            except OSError as error:
+                self._ended = f"the connection broke while receiving ({reason_of(error)})"
+                break
+            done += count
+            if not count:
+                self._ended = "the peer closed the connection"
         return done
 
     def poll(self, timeout: float = 0.0) -> bool:
