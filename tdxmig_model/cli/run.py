@@ -126,7 +126,13 @@ class _WithEvents(click.Command):
     metavar="SECONDS",
     help="Stop the run after so long [default: 300 s and one more for each MiB].",
 )
-@click.option("--transport", type=click.Choice(TRANSPORTS), default="unix", show_default=True)
+@click.option(
+    "--transport",
+    type=click.Choice(TRANSPORTS),
+    default="unix",
+    show_default=True,
+    help="How the stream travels; a file has no return path, so no abort token comes back.",
+)
 @click.option(
     "--trace-dir",
     type=click.Path(file_okay=False, path_type=Path),
