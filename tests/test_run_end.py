@@ -193,3 +193,11 @@ def test_a_difference_is_named(
     found = _differs(_Both(*sides))
     assert found.startswith(says)
     assert bool(found) is bool(says)
+
+
+@pytest.mark.parametrize(
+    "options", [{"capture": Path("there")}, {"injected": Injected(stream=Faults(cut_at=1))}]
+)
+def test_nothing_stands_between_a_session_and_its_file(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="neither captured nor damaged"):
+        RunOptions(transport="file", **options)
