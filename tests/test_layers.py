@@ -40,7 +40,7 @@ RANKS = {
     ),
     5: ("verify",),
     6: ("engine",),
-    7: ("backend", "transport", "premigration"),
+    7: ("backend", "transport", "premigration", "certificates", "sealed"),
     8: ("conformance", "enforcer", "session", "simulate", "supervisor"),
     9: ("cli", "__main__"),
 }
@@ -58,6 +58,8 @@ SIDEWAYS = {
     ("replay", "observation"),
     ("replay", "rows"),
     ("replay", "attribution"),
+    ("certificates", "premigration"),
+    ("sealed", "premigration"),
     ("session", "enforcer"),
     ("simulate", "enforcer"),
     ("simulate", "session"),
@@ -66,7 +68,10 @@ SIDEWAYS = {
 }
 
 # Who must work without the model, and what they must never reach by any path.
-BYTES_AND_COMMANDS = ("wire", "inspection", "engine", "backend", "transport", "premigration")
+BYTES_AND_COMMANDS = (
+    *("wire", "inspection", "engine", "backend", "transport"),
+    *("premigration", "certificates", "sealed"),
+)
 THE_MODEL_AND_ITS_USES = (
     *("expr", "model", "compile", "project", "smt", "export"),
     *(

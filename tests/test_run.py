@@ -106,6 +106,32 @@ def test_run_over_tcp_with_a_summary(capsys: pytest.CaptureFixture[str]) -> None
     assert "The destination runs the TD" in printed.out
 
 
+@pytest.mark.parametrize("transport", ["tls", "file"])
+def test_run_over_tls_and_through_a_file(transport: str) -> None:
+    result = run(transport=transport)
+    assert result.ok, result
+    assert (result.source_state, result.destination_state) == ("POST_EXPORT", "RUNNABLE")
+    assert result.memory_equal
+    assert result.trace["accepted"]
+
+
+@pytest.mark.parametrize(
+    ("transport", "event"), [("tls", "destination:end"), ("file", "finish_epochs")]
+)
+def test_a_stop_over_tls_and_before_the_token_of_a_file(transport: str, event: str) -> None:
+    result = run(transport=transport, stop_at=At.parse(event))
+    assert result.ok, result
+    assert (result.source_runnable, result.destination_runnable) == (True, False)
+
+
+def test_after_the_start_token_is_in_a_file_nobody_can_give_the_td_back() -> None:
+    result = run(transport="file", stop_at=At.parse("destination:end"))
+    assert not result.ok
+    assert (result.source_runnable, result.destination_runnable) == (False, False)
+    assert result.source_state == "POST_EXPORT"
+    assert result.trace["accepted"]
+
+
 def test_both_processes_are_watched_for_repeated_ivs() -> None:
     """What they report is what they encrypted; the observer of the test run judges it as well."""
     result = run()

@@ -19,7 +19,7 @@ from tdxmig_model.session import SideOutcome
 from tdxmig_model.supervisor import At, Injected, RunOptions, child, run_migration
 from tdxmig_model.supervisor.child import Failure, Link, PeerEnded, SideReport
 from tdxmig_model.supervisor.result import End, explain
-from tdxmig_model.supervisor.run import _Both, _differs, _judge_written
+from tdxmig_model.supervisor.run import _Both, _differs, judge_written
 from tdxmig_model.supervisor.tracefiles import reserved, written_traces
 from tdxmig_model.transport import Faults
 
@@ -89,13 +89,13 @@ def test_the_verdict_must_agree_with_the_reports(tmp_path: Path) -> None:
     written = dict(zip(("source", "destination"), done.traces, strict=True))
     options = RunOptions()
     reports = [SideReport(outcome, session=SESSION.hex()) for outcome in done.outcomes]
-    assert _judge_written(written, reports, options).accepted
+    assert judge_written(written, reports, options).accepted
     other = [reports[0], replace(reports[1], session="ff" * 16)]
-    assert "another session" in _judge_written(written, other, options).reason
+    assert "another session" in judge_written(written, other, options).reason
     lines = done.traces[1].read_bytes().splitlines(keepends=True)
     end = next(i for i, line in enumerate(lines) if b'"import_end"' in line)
     done.traces[1].write_bytes(b"".join(lines[:end]))
-    verdict = _judge_written(written, reports, options)
+    verdict = judge_written(written, reports, options)
     assert (verdict.judged, verdict.accepted) == (True, False)
     assert "ends in POST_IMPORT, and the destination reports RUNNABLE" in verdict.reason
 
@@ -193,3 +193,11 @@ def test_a_difference_is_named(
     found = _differs(_Both(*sides))
     assert found.startswith(says)
     assert bool(found) is bool(says)
+
+
+@pytest.mark.parametrize(
+    "options", [{"capture": Path("there")}, {"injected": Injected(stream=Faults(cut_at=1))}]
+)
+def test_nothing_stands_between_a_session_and_its_file(options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="neither captured nor damaged"):
+        RunOptions(transport="file", **options)

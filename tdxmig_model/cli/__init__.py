@@ -29,6 +29,9 @@ HOLDS, NEGATIVE, UNUSABLE, INTERRUPTED, PIPE_CLOSED = 0, 1, 2, 130, 141
 # because the list is printed without importing the modules.
 COMMANDS = {
     "run": "Migrate a trust domain between two processes, enforced step by step.",
+    "send": "Migrate a trust domain to another process, host or file.",
+    "receive": "Take a trust domain over from another process, host or file.",
+    "identity": "Make the certificates that send and receive need.",
     "verify": "Prove the properties, or delete a guard and read the counterexample.",
     "explore": "Visit every state of a model at a given size.",
     "show": "Show a step, property, state, leaf, profile or status code.",

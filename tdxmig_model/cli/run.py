@@ -26,6 +26,7 @@ _UNITS = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30}
 _SIZE = re.compile(r"(\d+)\s*([a-z]*)")
 
 GUESTS = ("idle", "random-writer", "hot-set", "sequential", "page-converter")
+TRANSPORTS = ("unix", "tcp", "tls", "file")
 PROFILES = ("hardened", "tdx-1.5.01")
 
 
@@ -125,7 +126,13 @@ class _WithEvents(click.Command):
     metavar="SECONDS",
     help="Stop the run after so long [default: 300 s and one more for each MiB].",
 )
-@click.option("--transport", type=click.Choice(("unix", "tcp")), default="unix", show_default=True)
+@click.option(
+    "--transport",
+    type=click.Choice(TRANSPORTS),
+    default="unix",
+    show_default=True,
+    help="How the stream travels; a file has no return path, so no abort token comes back.",
+)
 @click.option(
     "--trace-dir",
     type=click.Path(file_okay=False, path_type=Path),
@@ -163,7 +170,7 @@ def command(ctx: click.Context, /, as_json: bool, **chosen: Any) -> None:
 
     options = RunOptions(stop_at=chosen.pop("abort_at"), **chosen)
     with StopSignals() as signals:
-        with _progress() as show:
+        with progress_lines() as show:
             result = run_migration(options, show, signals)
         if as_json:
             output.emit_json(result.as_json())
@@ -173,7 +180,7 @@ def command(ctx: click.Context, /, as_json: bool, **chosen: Any) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
+def progress_lines() -> Iterator[Callable[[Progress], None]]:
     """One line per side on stderr, where that is a terminal."""
     console = output.progress_console()
     if console.quiet:
@@ -231,8 +238,8 @@ def _summary(result: RunResult) -> list[tuple[str, str]]:
         ("pages", f"{result.pages} ({result.pages_sent} sent in {result.epochs} epochs)"),
         ("bundles", f"{result.bundles}, {result.bytes / (1 << 20):.1f} MiB"),
         ("vCPUs, streams", f"{result.vcpus}, {result.streams}"),
-        ("downtime", _with_unit(result.downtime_ms, "ms")),
-        ("throughput", _with_unit(result.throughput_mib_s, "MiB/s")),
+        ("downtime", with_unit(result.downtime_ms, "ms")),
+        ("throughput", with_unit(result.throughput_mib_s, "MiB/s")),
         ("memory equal", _answer(result.memory_equal)),
         ("vCPUs equal", _answer(result.vcpus_equal)),
         ("source", _state(result.source_state, result.source_runnable)),
@@ -260,7 +267,7 @@ def _verdict(result: RunResult) -> str:
     return f"{verdict} ({trace['steps']} steps)"
 
 
-def _with_unit(value: float | None, unit: str) -> str:
+def with_unit(value: float | None, unit: str) -> str:
     return "-" if value is None else f"{value:.1f} {unit}"
 
 

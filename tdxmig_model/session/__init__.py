@@ -15,6 +15,7 @@ from tdxmig_model.session.common import (
 from tdxmig_model.session.destination import DestinationSession
 from tdxmig_model.session.local import migrate_in_process
 from tdxmig_model.session.source import SourceSession
+from tdxmig_model.session.stored import StoredDestinationSession, StoredSourceSession
 
 __all__ = [
     "DECISION_TIMEOUTS",
@@ -29,5 +30,7 @@ __all__ = [
     "SideOutcome",
     "SourceSession",
     "Stopped",
+    "StoredDestinationSession",
+    "StoredSourceSession",
     "migrate_in_process",
 ]

@@ -63,6 +63,8 @@ class Ending(enum.StrEnum):
     """The destination may run the TD and the source may not."""
     ABORTED = "aborted"
     """The migration session is over on this side and was given up."""
+    STORED = "stored"
+    """The TD is in a file that somebody may load; the source may not run it."""
     UNDECIDED = "undecided"
     """The source gave the start token away and does not know what became of it."""
 
@@ -261,7 +263,7 @@ class Side(ABC):
         try:
             self.outcome.op_state = self.op_state
             self.outcome.runnable = self.runnable
-            self.outcome.bytes = self.transport.bytes_sent or self.transport.bytes_received
+            self.outcome.bytes = max(self.transport.bytes_sent, self.transport.bytes_received)
             self.trace.note(self.outcome.sentence, op_state=self.outcome.op_state)
             self.trace.flush()
             if self.trace.failure is not None and not self.outcome.cause:

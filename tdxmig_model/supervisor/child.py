@@ -24,9 +24,13 @@ from tdxmig_model.premigration import Identity
 from tdxmig_model.session import Hooks, Progress, SideOutcome
 from tdxmig_model.supervisor import signals
 from tdxmig_model.supervisor.options import At, RunOptions
+from tdxmig_model.transport import TlsFiles
 
 PROGRESS_SECONDS: Final = 0.1
 
+TLS_DIRECTORY: Final = "tls"
+TLS_NAME: Final = "localhost"
+"""The name of a destination on this host in its certificate."""
 
 PlainAddress: TypeAlias = str | tuple[str, int]
 """A Unix path or host and port, as the standard library's sockets have it."""
@@ -48,6 +52,10 @@ class Place:
     traces: Path
     identity: Identity
     peer_certificate: bytes
+
+    def tls(self, endpoint: str) -> TlsFiles:
+        """The certificates of this run for TLS on the stream."""
+        return TlsFiles.in_directory(self.work / TLS_DIRECTORY, endpoint)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +111,14 @@ class SideReport:
     """False: sent ahead, as soon as the session was over; a whole one follows."""
     trace_failure: str | None = None
     """Why the trace of this side is incomplete."""
+    ended_at: float | None = None
+    """When its session was over, in seconds of its clock."""
+
+    @property
+    def seconds(self) -> float | None:
+        """How long its session took."""
+        began = self.outcome.started_at
+        return None if began is None or self.ended_at is None else self.ended_at - began
 
 
 class Link:

@@ -1,11 +1,11 @@
-"""Faults in the forward stream of a run, for tests: bytes that change or never arrive."""
+"""Faults in the forward stream of a run, for tests: bytes that change, move or never arrive."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from tdxmig_model.errors import PeerLost
-from tdxmig_model.transport import Faults, Transport
+from tdxmig_model.transport import Faults, FaultyLine, Transport
 from tdxmig_model.transport.base import Readable, Writable, byte_views
 
 
@@ -18,8 +18,7 @@ class FaultyTransport:
 
     def __init__(self, inner: Transport, faults: Faults) -> None:
         self._inner = inner
-        self._faults = faults
-        self._passed = 0
+        self._line = FaultyLine(faults)
 
     @property
     def peer(self) -> str:
@@ -35,23 +34,10 @@ class FaultyTransport:
 
     def send(self, buffers: Sequence[Readable], timeout: float | None = None) -> None:
         for view in byte_views(buffers):
-            self._send_view(view, timeout)
-
-    def _send_view(self, view: memoryview, timeout: float | None) -> None:
-        first, self._passed = self._passed, self._passed + view.nbytes
-        data: Readable = view
-        flip, cut, truncate = self._faults.flip_at, self._faults.cut_at, self._faults.truncate_at
-        if flip is not None and first <= flip < self._passed:
-            changed = bytearray(view)
-            changed[flip - first] ^= self._faults.flip_mask
-            data = changed
-        if truncate is not None and self._passed > truncate:
-            data = memoryview(data)[: max(0, truncate - first)]
-        if cut is not None and self._passed > cut:
-            self._inner.send([memoryview(data)[: max(0, cut - first)]], timeout)
-            self._inner.close()
-            raise PeerLost(f"{self.peer}: the connection broke after {cut} bytes")
-        self._inner.send([data], timeout)
+            self._inner.send([self._line.carry(bytes(view))], timeout)
+            if self._line.broke:
+                self._inner.close()
+                raise PeerLost(f"{self.peer}: the connection broke after {self.bytes_sent} bytes")
 
     def recv(self, limit: int, timeout: float | None = None) -> bytes:
         return self._inner.recv(limit, timeout)

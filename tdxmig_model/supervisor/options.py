@@ -14,7 +14,7 @@ from tdxmig_model.wire.constants import MAX_ENTRIES, PAGE_SIZE
 from tdxmig_model.wire.extensions import MAX_VCPUS
 
 SIDES: Final = ("source", "destination")
-TRANSPORTS: Final = ("unix", "tcp")
+TRANSPORTS: Final = ("unix", "tcp", "tls", "file")
 LEAST_DEADLINE: Final = 300.0
 """Seconds that a run may take whatever its memory."""
 SLOWEST: Final = 1 << 20
@@ -116,6 +116,9 @@ class RunOptions:
             raise UsageError(f"deadline of {self.deadline:g} s: it is positive and finite")
         if self.transport not in TRANSPORTS:
             raise UsageError(f"transport {self.transport!r}: it is {' or '.join(TRANSPORTS)}")
+        if self.transport == "file" and (self.capture or self.injected.stream):
+            # The session has to know that nobody answers, which a transport around it would hide.
+            raise UsageError("a stream that goes through a file is neither captured nor damaged")
 
     def _check_numbers(self) -> None:
         for name in ("memory", "vcpus", "batch", "seed"):

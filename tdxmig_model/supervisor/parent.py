@@ -17,10 +17,12 @@ from pathlib import Path
 from time import monotonic
 from typing import Final
 
+from tdxmig_model.certificates import write_certificates
 from tdxmig_model.errors import UsageError
 from tdxmig_model.premigration import make_identity
 from tdxmig_model.session import Progress
 from tdxmig_model.supervisor.child import (
+    TLS_DIRECTORY,
     Addresses,
     Built,
     Failure,
@@ -103,6 +105,8 @@ def run_children(
     watch = Watch(options, on_progress, signals, deadline=monotonic() + options.seconds)
     context = multiprocessing.get_context("spawn")
     places = _places(work, traces)
+    if options.transport == "tls":
+        write_certificates(work / TLS_DIRECTORY)
     try:
         for side in SIDES:
             watch.children[side] = _start(context, side, options, places[side])

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import select
 import socket
 from contextlib import closing
-from time import monotonic
-from typing import Final, Protocol
+from time import monotonic, sleep
+from typing import Any, Final
 
 from tdxmig_model.backend.soft.backend import SoftBackend, soft_destination, soft_source
 from tdxmig_model.backend.soft.module import PROFILES, Profile
@@ -21,8 +20,12 @@ from tdxmig_model.session import (
     Side,
     SideOutcome,
     SourceSession,
+    StoredDestinationSession,
+    StoredSourceSession,
 )
+from tdxmig_model.supervisor.accept import Listening, accept_stream, readable
 from tdxmig_model.supervisor.child import (
+    TLS_NAME,
     Addresses,
     Built,
     ChildHooks,
@@ -37,17 +40,19 @@ from tdxmig_model.supervisor.options import RunOptions, trace_path
 from tdxmig_model.trace import TraceWriter
 from tdxmig_model.transport import (
     CapturedTransport,
+    FileReader,
+    FileWriter,
     Listener,
-    SocketTransport,
     Transport,
     connect,
+    secure,
 )
-from tdxmig_model.wire.extensions import Capability, Hello, encode_forward
 
 PREMIGRATION_TIMEOUTS: Final = 3
 """Peer timeouts that the source gives pre-migration: the destination may have to wait first for
 somebody else who connected and says nothing."""
-HELLO_BYTES: Final = len(encode_forward(Hello(bytes(16), Capability(0), 0, 1, 1)))
+STREAM_FILE: Final = "migration.stream"
+_FILE_SECONDS: Final = 0.02
 SLICE: Final = 2_000
 """Guest instructions of each vCPU that show that the TD runs."""
 
@@ -58,7 +63,7 @@ def run_source(link: Link, options: RunOptions, place: Place) -> SideReport:
         options.pages,
         vcpus=options.vcpus,
         guest=options.guest,
-        profile=_module_profile(options),
+        profile=module_profile(options),
         seed=options.seed,
     )
     link.tell(Built())
@@ -67,9 +72,9 @@ def run_source(link: Link, options: RunOptions, place: Place) -> SideReport:
         with closing(_connect_plain(addresses.premigration, options.peer_timeout)) as plain:
             limit = PREMIGRATION_TIMEOUTS * options.peer_timeout
             session_id = _premigrate("source", plain, place, backend, link, limit)
-        transport: Transport = connect(addresses.migration, options.peer_timeout)
+        transport = _open_stream(addresses.migration, options, place)
     except TdxmigError as error:
-        return _never_began("source", backend, error)
+        return never_began("source", backend, error)
     if options.injected.stream is not None:
         transport = FaultyTransport(transport, options.injected.stream)
     captured: CapturedTransport | None = None
@@ -78,20 +83,20 @@ def run_source(link: Link, options: RunOptions, place: Place) -> SideReport:
     digests: list[tuple[str, tuple[str, ...]]] = []
 
     with TraceWriter(trace_path(place.traces, "source"), "source", session_id) as trace:
-        session = SourceSession(
+        session = source_session(
             backend,
             transport,
             trace,
             gpas=backend.page_gpas(),
             vcpus=options.vcpus,
             session_id=session_id,
-            options=_session_options(options),
-            hooks=ChildHooks("source", link, options, lambda: digests.append(_digests(backend))),
+            options=session_options(options),
+            hooks=ChildHooks("source", link, options, lambda: digests.append(digests_of(backend))),
         )
         report = _run(link, session)
         outcome = report.outcome
         if outcome.op_state == "POST_EXPORT":
-            report.probes = _try_what_is_refused(session)
+            report.probes = try_what_is_refused(session)
         report.steps_checked = session.enforcer.steps_checked
     report.trace_failure, report.whole = trace.failure, True
     if captured is not None and captured.failure is not None:
@@ -101,30 +106,57 @@ def run_source(link: Link, options: RunOptions, place: Place) -> SideReport:
     return report
 
 
+def _open_stream(address: str, options: RunOptions, place: Place) -> Transport:
+    if options.transport == "file":
+        return FileWriter(place.work / STREAM_FILE)
+    plain = connect(address, options.peer_timeout)
+    if options.transport != "tls":
+        return plain
+    limit = options.peer_timeout
+    return secure(plain, place.tls("client"), server=False, peer_name=TLS_NAME, timeout=limit)
+
+
 def run_destination(link: Link, options: RunOptions, place: Place) -> SideReport:
     """The destination: an empty TD is filled, compared, and then runs."""
-    backend = soft_destination(options.pages, vcpus=options.vcpus, profile=_module_profile(options))
+    backend = soft_destination(options.pages, vcpus=options.vcpus, profile=module_profile(options))
     try:
         session_id, transport = _accept_source(link, options, place, backend)
     except TdxmigError as error:
-        return _never_began("destination", backend, error)
+        return never_began("destination", backend, error)
     with TraceWriter(trace_path(place.traces, "destination"), "destination", session_id) as trace:
-        session = DestinationSession(
+        session = destination_session(
             backend,
             transport,
             trace,
             pages=options.pages,
             vcpus=options.vcpus,
-            options=_session_options(options),
+            options=session_options(options),
             hooks=ChildHooks("destination", link, options),
         )
         report = _run(link, session)
         if report.outcome.ending is Ending.MIGRATED:
-            report.memory_digest, report.vcpu_digests = _digests(backend)
+            report.memory_digest, report.vcpu_digests = digests_of(backend)
             report.guest_instructions = session.run_guest(SLICE)
         report.steps_checked = session.enforcer.steps_checked
     report.trace_failure, report.whole = trace.failure, True
     return report
+
+
+def source_session(
+    backend: SoftBackend, transport: Transport, trace: TraceWriter, **arguments: Any
+) -> SourceSession:
+    """The session that fits the transport; `arguments` are those of `SourceSession`."""
+    if isinstance(transport, FileWriter):
+        return StoredSourceSession(backend, transport, trace, **arguments)
+    return SourceSession(backend, transport, trace, **arguments)
+
+
+def destination_session(
+    backend: SoftBackend, transport: Transport, trace: TraceWriter, **arguments: Any
+) -> DestinationSession:
+    """The session that fits the transport; `arguments` are those of `DestinationSession`."""
+    kind = StoredDestinationSession if isinstance(transport, FileReader) else DestinationSession
+    return kind(backend, transport, trace, **arguments)
 
 
 def _run(link: Link, session: Side) -> SideReport:
@@ -145,7 +177,9 @@ def _accept_source(
     ):
         link.tell(Addresses(str(listener.address), plain_listener.getsockname()))
         session_id = _premigrate_with_source(plain_listener, link, options, place, backend)
-        return session_id, _accept_stream(listener, session_id, link, options)
+        if options.transport == "file":
+            return session_id, _await_file(link, options, place)
+        return session_id, _accept_stream(listener, session_id, link, options, place)
 
 
 def _premigrate_with_source(
@@ -163,35 +197,31 @@ def _premigrate_with_source(
                 problem = error  # told if the source goes away, because then it was the source
 
 
-def _accept_stream(
-    listener: Listener, session_id: bytes, link: Link, options: RunOptions
-) -> SocketTransport:
-    """The connection that opens with a HELLO of this session; others are closed."""
-    waiting: list[SocketTransport] = []
-    end = monotonic() + options.patience
-    found: SocketTransport | None = None
+def _await_file(link: Link, options: RunOptions, place: Place) -> FileReader:
+    """The stream once the source has stored all of it: nothing is loaded before."""
+    end = monotonic() + options.seconds
+    while not link.peer_ended:
+        if link.stop_reason is not None:
+            raise PeerLost(f"nothing was stored yet: {link.stop_reason}")
+        if monotonic() >= end:
+            raise PeerLost(f"the source did not store the TD within {options.seconds:g} s")
+        sleep(_FILE_SECONDS)
     try:
-        while found is None:
-            _check_source(link, None)
-            if monotonic() >= end:
-                raise PeerLost(f"the source did not begin within {options.patience:g} s")
-            if _readable(listener, 10):
-                waiting.append(listener.accept(0.0))
-            for transport in [one for one in waiting if one.poll()]:
-                head = transport.peek(HELLO_BYTES)
-                if session_id in head:
-                    found = transport
-                elif not head or len(head) == HELLO_BYTES:
-                    waiting.remove(transport)
-                    transport.close()
-        return found
-    finally:
-        for transport in waiting:
-            if transport is not found:
-                transport.close()
+        return FileReader(place.work / STREAM_FILE)
+    except UsageError as error:
+        raise PeerLost(f"the source ended and stored nothing: {error}") from error
 
 
-def _never_began(side: str, backend: SoftBackend, error: TdxmigError) -> SideReport:
+def _accept_stream(
+    listener: Listener, session_id: bytes, link: Link, options: RunOptions, place: Place
+) -> Transport:
+    tls = place.tls("server") if options.transport == "tls" else None
+    return accept_stream(
+        listener, session_id, lambda: _check_source(link, None), options.patience, tls
+    )
+
+
+def never_began(side: str, backend: SoftBackend, error: TdxmigError) -> SideReport:
     """Premigration failed or the peer was never there: the TD is as it was built."""
     op_state = str(backend.observe()["op_state"])
     return SideReport(
@@ -206,19 +236,19 @@ def _never_began(side: str, backend: SoftBackend, error: TdxmigError) -> SideRep
     )
 
 
-def _module_profile(options: RunOptions) -> Profile:
+def module_profile(options: RunOptions) -> Profile:
     for profile in PROFILES:
         if profile == options.profile:
             return profile
     raise UsageError(f"profile {options.profile!r}: the module knows {' and '.join(PROFILES)}")
 
 
-def _digests(backend: SoftBackend) -> tuple[str, tuple[str, ...]]:
-    """Of memory and of each vCPU."""
+def digests_of(backend: SoftBackend) -> tuple[str, tuple[str, ...]]:
+    """Of private memory and of each vCPU."""
     return backend.memory_digest(), tuple(backend.vcpu_digest())
 
 
-def _session_options(options: RunOptions) -> SessionOptions:
+def session_options(options: RunOptions) -> SessionOptions:
     return SessionOptions(
         profile=options.profile, batch=options.batch, peer_timeout=options.peer_timeout
     )
@@ -227,7 +257,7 @@ def _session_options(options: RunOptions) -> SessionOptions:
 # --- what is refused -----------------------------------------------------------------------------
 
 
-def _try_what_is_refused(session: Side) -> tuple[Probe, ...]:
+def try_what_is_refused(session: Side) -> tuple[Probe, ...]:
     """In POST_EXPORT neither running the TD nor taking it back without a token is possible.
 
     Each is asked of the enforcer, which must not let it through, and then of the module itself.
@@ -269,7 +299,7 @@ def _premigrate(
 
 def _listen_plain(options: RunOptions, place: Place) -> socket.socket:
     """A listening socket for premigration, of the same kind as the migration stream."""
-    if options.transport == "tcp":
+    if options.transport in ("tcp", "tls"):
         return socket.create_server(("127.0.0.1", 0))
     listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listening.bind(str(place.work / "premigration.sock"))
@@ -290,17 +320,13 @@ def _connect_plain(address: PlainAddress, timeout: float) -> socket.socket:
 
 
 def _migration_address(options: RunOptions, place: Place) -> str:
-    if options.transport == "tcp":
+    if options.transport in ("tcp", "tls"):
         return "tcp:127.0.0.1:0"
     return f"unix:{place.work / 'migration.sock'}"
 
 
-class _Listening(Protocol):
-    def fileno(self) -> int: ...
-
-
 def _await_connection(
-    listening: _Listening, link: Link, options: RunOptions, problem: PeerError | None
+    listening: Listening, link: Link, options: RunOptions, problem: PeerError | None
 ) -> None:
     """Wait until somebody connects; the source has to once its TD is built.
 
@@ -308,7 +334,7 @@ def _await_connection(
     """
     limit, built = options.build_seconds, False
     end = monotonic() + limit
-    while not _readable(listening, 100):
+    while not readable(listening, 100):
         _check_source(link, problem)
         if link.peer_built and not built:
             limit, built = options.peer_timeout, True
@@ -323,9 +349,3 @@ def _check_source(link: Link, problem: PeerError | None) -> None:
         raise PeerLost(f"the source never connected: {link.stop_reason}")
     if link.peer_ended:
         raise problem or PeerLost("the source ended before it had connected")
-
-
-def _readable(listening: _Listening, milliseconds: int) -> bool:
-    poller = select.poll()
-    poller.register(listening.fileno(), select.POLLIN)
-    return bool(poller.poll(milliseconds))

@@ -66,11 +66,11 @@ def _judge(watch: Watch, traces: Path) -> TraceVerdict:
     failures = [one.trace_failure for one in reports if one.trace_failure is not None]
     if failures:
         return TraceVerdict(False, False, reason="; ".join(failures))
-    verdict = watch.signals.unless_stopped(lambda: _judge_written(written, reports, watch.options))
+    verdict = watch.signals.unless_stopped(lambda: judge_written(written, reports, watch.options))
     return verdict or TraceVerdict(False, False, reason=watch.signals.reason)
 
 
-def _judge_written(
+def judge_written(
     written: dict[str, Path], reports: list[SideReport], options: RunOptions
 ) -> TraceVerdict:
     """The model's verdict on the traces, which must also end where the sides say they ended."""

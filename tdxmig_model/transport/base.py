@@ -2,7 +2,8 @@
 
 A transport is a reliable byte stream in both directions with a deadline on each call.  While
 ``send`` waits for room it takes in what the peer sends, so that two sides that both send never wait
-for each other; ``recv`` hands those bytes out first.
+for each other; ``recv`` hands those bytes out first.  A file has one direction only, and using the
+other fails at once.
 """
 
 from __future__ import annotations
@@ -84,6 +85,10 @@ class Inbox:
         if data:
             self._chunks.append(memoryview(data))
             self.size += len(data)
+
+    def peek(self, limit: int) -> bytes:
+        """Up to ``limit`` bytes, which stay."""
+        return b"".join(self._chunks[self._head :])[:limit]
 
     def take_into(self, target: memoryview) -> int:
         """Move as many bytes as there are and fit into ``target``; returns how many."""

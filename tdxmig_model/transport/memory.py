@@ -6,10 +6,8 @@ simulation stays deterministic) and from two.
 
 from __future__ import annotations
 
-import random
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from time import monotonic
 
 from tdxmig_model.errors import PeerLost
@@ -21,46 +19,16 @@ from tdxmig_model.transport.base import (
     Writable,
     byte_views,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Faults:
-    """What goes wrong in one direction; byte numbers count from 0 over the whole stream.
-
-    ``cut_at``: the connection breaks in both directions once that many bytes were delivered.
-    ``flip_at``: that byte arrives changed by ``flip_mask``.  ``truncate_at``: bytes from there on
-    vanish and the receiver sees the end of the stream, while the sender notices nothing.
-    """
-
-    cut_at: int | None = None
-    flip_at: int | None = None
-    flip_mask: int = 0x01
-    truncate_at: int | None = None
-
-    @classmethod
-    def drawn(cls, dice: random.Random, length: int) -> Faults:
-        """One fault of a kind and at a byte below ``length`` that ``dice`` choose."""
-        at = dice.randrange(length)
-        match dice.randrange(3):
-            case 0:
-                return cls(cut_at=at)
-            case 1:
-                return cls(flip_at=at, flip_mask=1 << dice.randrange(8))
-            case _:
-                return cls(truncate_at=at)
-
-
-NO_FAULTS = Faults()
+from tdxmig_model.transport.faults import NO_FAULTS, Faults, FaultyLine
 
 
 class _Pipe:
-    """One direction: what is on its way, how much went in, and whether more can come."""
+    """One direction: what is on its way, its faults, and whether more can come."""
 
     def __init__(self, capacity: int | None, faults: Faults) -> None:
         self.capacity = capacity
-        self.faults = faults
+        self.line = FaultyLine(faults)
         self.pending = Inbox()
-        self.entered = 0
         self.ended = False
         self.abandoned = False
 
@@ -70,22 +38,9 @@ class _Pipe:
 
     def enter(self, data: bytes) -> bool:
         """Let ``data`` in, faults applied; False if the connection broke on it."""
-        first, self.entered = self.entered, self.entered + len(data)
-        faults = self.faults
-        if faults.flip_at is not None and first <= faults.flip_at < self.entered:
-            changed = bytearray(data)
-            changed[faults.flip_at - first] ^= faults.flip_mask
-            data = bytes(changed)
-        if faults.truncate_at is not None and self.entered > faults.truncate_at:
-            data = data[: max(0, faults.truncate_at - first)]
-            self.pending.put(data)
-            self.ended = True
-            return True
-        if faults.cut_at is not None and self.entered > faults.cut_at:
-            self.pending.put(data[: max(0, faults.cut_at - first)])
-            return False
-        self.pending.put(data)
-        return True
+        self.pending.put(self.line.carry(data))
+        self.ended |= self.line.ended
+        return not self.line.broke
 
 
 class _Link:

@@ -1,4 +1,4 @@
-"""Unix and TCP sockets: scatter-gather sends, a deadline on each call, addresses as text."""
+"""Unix and TCP sockets: scatter-gather sends, a deadline on each call, keep-alive."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import select
 import socket
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass
 from time import monotonic, sleep
 
 from tdxmig_model.errors import PeerLost, UsageError
+from tdxmig_model.transport.address import Address
 from tdxmig_model.transport.base import (
     DEFAULT_TIMEOUT,
     RECEIVE_AHEAD,
@@ -23,6 +23,11 @@ from tdxmig_model.transport.base import (
 
 SOCKET_BUFFER = 4 << 20
 """Bytes asked for in each direction; the kernel may grant less."""
+
+KEEP_ALIVE_SECONDS = 15
+"""Silence after which the kernel asks whether the other host is still there, and seconds that it
+then may take to answer."""
+KEEP_ALIVE_PROBES = 3
 
 _CHUNK = 1 << 20
 _RETRY_SECONDS = 0.05
@@ -38,44 +43,6 @@ def _max_buffers() -> int:
 
 MAX_BUFFERS = _max_buffers()
 """Buffers that one sendmsg takes."""
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """``tcp:HOST:PORT`` (an IPv6 host in brackets) or ``unix:PATH``."""
-
-    kind: str
-    host: str = ""
-    port: int = 0
-    path: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> Address:
-        """Read an address.  UsageError says what is wrong with it."""
-        kind, _, rest = text.partition(":")
-        if kind == "unix":
-            if not rest or "\0" in rest:
-                raise UsageError(f"address {text!r}: a path is missing, write unix:PATH")
-            return cls("unix", path=rest)
-        if kind != "tcp":
-            raise UsageError(f"address {text!r}: write tcp:HOST:PORT or unix:PATH")
-        host, colon, port = rest.rpartition(":")
-        if host.startswith("[") and host.endswith("]"):
-            host = host[1:-1]
-        elif ":" in host:
-            raise UsageError(f"address {text!r}: put an IPv6 host in brackets, tcp:[::1]:PORT")
-        if not colon or not host:
-            raise UsageError(f"address {text!r}: a host is missing, write tcp:HOST:PORT")
-        if not (port.isascii() and port.isdigit() and int(port) <= 0xFFFF):
-            raise UsageError(f"address {text!r}: port {port!r} is not a number from 0 to 65535")
-        return cls("tcp", host=host, port=int(port))
-
-    def __str__(self) -> str:
-        if self.kind == "unix":
-            return f"unix:{self.path}"
-        return (
-            f"tcp:[{self.host}]:{self.port}" if ":" in self.host else f"tcp:{self.host}:{self.port}"
-        )
 
 
 class SocketTransport:
@@ -96,6 +63,19 @@ class SocketTransport:
         _large_buffers(connection)
         if connection.family in (socket.AF_INET, socket.AF_INET6):
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            _keep_alive(connection)
+
+    # A subclass gives these another way to move bytes.  Each raises BlockingIOError if it has to
+    # wait, and OSError if the connection broke.
+
+    def _send_some(self, views: Sequence[memoryview]) -> int:
+        return self._socket.sendmsg(views)
+
+    def _receive_some(self, limit: int) -> bytes:
+        return self._socket.recv(limit)
+
+    def _receive_some_into(self, target: memoryview) -> int:
+        return self._socket.recv_into(target)
 
     def send(self, buffers: Sequence[Readable], timeout: float | None = None) -> None:
         self._check_open()
@@ -104,13 +84,13 @@ class SocketTransport:
         index = 0
         while index < len(views):
             try:
-                sent = self._socket.sendmsg(views[index : index + MAX_BUFFERS])
+                sent = self._send_some(views[index : index + MAX_BUFFERS])
             except BlockingIOError:
                 self._wait_to_send(end)
                 continue
             except OSError as error:
                 raise self._lost(
-                    f"the connection broke while sending ({error.strerror})"
+                    f"the connection broke while sending ({reason_of(error)})"
                 ) from error
             self.bytes_sent += sent
             while sent:
@@ -130,11 +110,11 @@ class SocketTransport:
             raise self._lost("no room to send before the deadline")
         if hungry and events & select.POLLIN:
             try:
-                data = self._socket.recv(_CHUNK)
+                data = self._receive_some(_CHUNK)
             except BlockingIOError:
                 return
             except OSError as error:
-                self._ended = f"the connection broke ({error.strerror})"
+                self._ended = f"the connection broke ({reason_of(error)})"
                 return
             self._ahead.put(data)
             if not data:
@@ -149,7 +129,7 @@ class SocketTransport:
         while True:
             self._check_readable()
             try:
-                data = self._socket.recv(min(limit, _CHUNK))
+                data = self._receive_some(min(limit, _CHUNK))
             except BlockingIOError:
                 self._wait_to_receive(end)
                 continue
@@ -176,7 +156,7 @@ class SocketTransport:
         while True:
             self._check_readable()
             try:
-                count = self._socket.recv_into(target)
+                count = self._receive_some_into(target)
             except BlockingIOError:
                 self._wait_to_receive(end)
                 continue
@@ -196,7 +176,7 @@ class SocketTransport:
             raise self._lost(self._ended)
 
     def _broken_receive(self, error: OSError) -> PeerLost:
-        self._ended = f"the connection broke while receiving ({error.strerror})"
+        self._ended = f"the connection broke while receiving ({reason_of(error)})"
         return self._lost(self._ended)
 
     def _wait_to_receive(self, end: float) -> None:
@@ -215,6 +195,11 @@ class SocketTransport:
 
     def _end(self, timeout: float | None) -> float:
         return monotonic() + (self._timeout if timeout is None else timeout)
+
+    def detach(self) -> socket.socket:
+        """Give the socket away, before anything was received; this end is closed by it."""
+        self._closed = True
+        return self._socket
 
     def fileno(self) -> int:
         """The descriptor, to wait for this connection together with others."""
@@ -238,13 +223,13 @@ class Listener:
     """A listening socket.  A Unix path is readable and writable by its owner alone."""
 
     def __init__(self, address: Address | str) -> None:
-        wanted = Address.parse(address) if isinstance(address, str) else address
+        wanted = _socket_address(address)
         try:
             self._socket, self.address = (
                 _listen_unix(wanted) if wanted.kind == "unix" else _listen_tcp(wanted)
             )
         except (OSError, UnicodeError) as error:
-            raise UsageError(f"cannot listen on {wanted}: {_reason(error)}") from error
+            raise UsageError(f"cannot listen on {wanted}: {reason_of(error)}") from error
         self._closed = False
 
     def accept(self, timeout: float = DEFAULT_TIMEOUT) -> SocketTransport:
@@ -291,7 +276,7 @@ def connect(
 
     With ``retry`` a peer that does not listen yet is waited for.  UsageError: nobody listens there.
     """
-    wanted = Address.parse(address) if isinstance(address, str) else address
+    wanted = _socket_address(address)
     end = monotonic() + timeout
     while True:
         try:
@@ -300,12 +285,20 @@ def connect(
             waits = isinstance(error, ConnectionRefusedError | FileNotFoundError)
             if not (retry and waits) or monotonic() + _RETRY_SECONDS >= end:
                 raise UsageError(
-                    f"cannot connect to {wanted}: {_reason(error)}; start the destination first"
+                    f"cannot connect to {wanted}: {reason_of(error)}; start the destination first"
                 ) from error
             sleep(_RETRY_SECONDS)
 
 
-def _reason(error: OSError | UnicodeError) -> str:
+def _socket_address(address: Address | str) -> Address:
+    wanted = Address.parse(address) if isinstance(address, str) else address
+    if wanted.kind == "file":
+        raise UsageError(f"{wanted} is a file, and a connection needs tcp:HOST:PORT or unix:PATH")
+    return wanted
+
+
+def reason_of(error: OSError | UnicodeError) -> str:
+    """Why a socket call failed, in words."""
     return (error.strerror if isinstance(error, OSError) else "") or str(error)
 
 
@@ -335,6 +328,19 @@ def _large_buffers(connection: socket.socket) -> None:
     for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
         with contextlib.suppress(OSError):
             connection.setsockopt(socket.SOL_SOCKET, option, SOCKET_BUFFER)
+
+
+def _keep_alive(connection: socket.socket) -> None:
+    """Have the kernel notice a host that vanished, also while nothing is being sent."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in (
+        ("TCP_KEEPIDLE", KEEP_ALIVE_SECONDS),
+        ("TCP_KEEPINTVL", KEEP_ALIVE_SECONDS // KEEP_ALIVE_PROBES),
+        ("TCP_KEEPCNT", KEEP_ALIVE_PROBES),
+        ("TCP_USER_TIMEOUT", 2000 * KEEP_ALIVE_SECONDS),  # milliseconds, for what is being sent
+    ):
+        if hasattr(socket, name):  # not every system has each of them
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _listen_tcp(address: Address) -> tuple[socket.socket, Address]:
