@@ -116,7 +116,7 @@ class SourceEngine:
         self._aborted = False
         self._chain_open = False
         self._vcpus_sent: set[int] = set()
-        self._block_named = False
+        self._block_named: set[int] = set()
         self._exported = PageSet()
         self._writable = PageSet()
         self._in_flight = NO_PAGES
@@ -384,12 +384,15 @@ class SourceEngine:
             result = yield from perform(command)
             bundle = bundle_of(command, result, BundleType.MEM)
             statuses[usable] = _export_statuses(command, result, bundle, pages)
-            yield Send(self._memory_record(bundle, pages, operation))
+            yield Send(self._memory_record(bundle, pages, operation, stream), stream)
         failed = statuses != GpaStatus.SUCCESS
         return ExportOutcome(batch[~failed], batch[failed], statuses[failed])
 
-    def _memory_record(self, bundle: Bundle, pages: Gpas, operation: GpaOperation) -> MemoryRecord:
-        named, self._block_named = self._block_named, True
+    def _memory_record(
+        self, bundle: Bundle, pages: Gpas, operation: GpaOperation, stream: int
+    ) -> MemoryRecord:
+        named = stream in self._block_named  # each stream may have a channel of its own
+        self._block_named.add(stream)
         cancel = operation is GpaOperation.CANCEL
         return MemoryRecord(
             self.ram.offset(int(pages[0])), self.ram.name, bundle, cancel, same_block=named

@@ -3,6 +3,7 @@
 from tdxmig_model.transport.base import DEFAULT_TIMEOUT, Transport
 from tdxmig_model.transport.capture import CapturedTransport, capture_paths
 from tdxmig_model.transport.memory import Faults, MemoryTransport, memory_pair
+from tdxmig_model.transport.queued import QueuedReceiver, QueuedSender
 from tdxmig_model.transport.socket import Address, Listener, SocketTransport, connect
 
 __all__ = [
@@ -12,6 +13,8 @@ __all__ = [
     "Faults",
     "Listener",
     "MemoryTransport",
+    "QueuedReceiver",
+    "QueuedSender",
     "SocketTransport",
     "Transport",
     "capture_paths",
