@@ -38,7 +38,7 @@ from tdxmig_model.engine.steps import (
     entry_results,
     perform,
 )
-from tdxmig_model.errors import BackendError, PeerError
+from tdxmig_model.errors import BackendError, PeerError, UsageError
 from tdxmig_model.wire.extensions import (
     AbortToken,
     Capability,
@@ -46,6 +46,7 @@ from tdxmig_model.wire.extensions import (
     Failed,
     Hello,
     InOrderDone,
+    PageRequest,
     SessionStarted,
     SourceAbort,
 )
@@ -384,6 +385,17 @@ class DestinationEngine:
         """Forget the session.  Nothing is left to tell the module or the peer."""
         self._vcpus_seen.clear()
         yield from ()
+
+    # --- between lifecycle events ----------------------------------------------------------------
+
+    def request_pages(self, gpas: tuple[int, ...]) -> Operation[None]:
+        """Ask the source for pages that the guest waits for, after the commit.
+
+        UsageError: the source sends no memory after the start token.
+        """
+        if Capability.POST_COPY not in self.agreed:
+            raise UsageError("the source sends no memory after the start token (POST_COPY)")
+        yield Send(PageRequest(gpas))
 
     # --- parts -----------------------------------------------------------------------------------
 

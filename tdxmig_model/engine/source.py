@@ -49,6 +49,7 @@ from tdxmig_model.wire.extensions import (
     Failed,
     Hello,
     InOrderDone,
+    PageRequest,
     ReturnMessage,
     SessionStarted,
     SourceAbort,
@@ -109,6 +110,8 @@ class SourceEngine:
         self.committed: Committed | None = None
         self.failure: str | None = None
         self.abort_token: bytes | None = None
+        self.requested: list[Gpas] = []
+        """Pages that the destination's guest waits for; who sends them empties the list."""
         self.paused = False
         self.start_token_sent = False
         self._start_sent = False
@@ -149,6 +152,11 @@ class SourceEngine:
                 first = not self.in_order_done and not decided
                 self._expect(agreed and complete and first, "IN_ORDER_DONE")
                 self.in_order_done = True
+                return None
+            case PageRequest(gpas):
+                agreed = Capability.POST_COPY in self.agreed and self.start_token_sent
+                self._expect(agreed and not self.committed and not self.abort_token, "PAGE_REQUEST")
+                self.requested.append(page_column(np.array(gpas, dtype=np.uint64)))
                 return None
             case Committed():
                 at_end = self.start_token_sent and self.abort_token is None
@@ -247,6 +255,10 @@ class SourceEngine:
         self._writable.discard(outcome.sent)
         self._in_flight = NO_PAGES
         return outcome
+
+    def was_exported(self, gpas: Gpas) -> NDArray[np.bool_]:
+        """Which pages the destination has in some version, shape (n,)."""
+        return self._exported.contains(gpas)
 
     def cancel_page(self, gpas: Gpas | int, stream: int = 0) -> Operation[ExportOutcome]:
         """Make the destination drop pages that were exported; they can be exported again later.

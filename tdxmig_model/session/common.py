@@ -15,9 +15,10 @@ from time import monotonic, sleep
 from typing import Any, ClassVar, Final, TypeAlias, TypeVar
 
 from tdxmig_model.enforcer import Enforcer
-from tdxmig_model.engine.commands import Backend, Command, Result, Send, VpEnter
+from tdxmig_model.engine.commands import Backend, Command, Gpas, Result, Send, VpEnter
+from tdxmig_model.engine.precopy import Iteration, WhenNotConverging
 from tdxmig_model.engine.steps import drive
-from tdxmig_model.errors import BackendError, PeerError, PeerLost, TdxmigError
+from tdxmig_model.errors import BackendError, PeerError, PeerLost, TdxmigError, UsageError
 from tdxmig_model.machine import LifecycleMachine
 from tdxmig_model.trace import TraceWriter
 from tdxmig_model.transport.base import Readable, Transport
@@ -30,6 +31,7 @@ RUNNABLE_STATES: Final = frozenset({"RUNNABLE", "LIVE_EXPORT", "LIVE_IMPORT"})
 
 RECEIVE_SIZE: Final = 1 << 20
 _POLL_SECONDS: Final = 0.05
+_LOOK_SECONDS: Final = 0.001
 
 DECISION_TIMEOUTS: Final = 2
 """Peer timeouts that a source waits for the decision about its start token.
@@ -56,6 +58,10 @@ class PeerGaveUp(PeerError):
     """The peer says that it failed or stopped; the trouble is told by its side."""
 
 
+class NotConverging(TdxmigError):
+    """The guest writes faster than pages are sent, and the options say to give up then."""
+
+
 class Ending(enum.StrEnum):
     """How a session ended on one side."""
 
@@ -72,9 +78,12 @@ class SessionOptions:
     """Choices of whoever runs a session; none of them changes what is allowed.
 
     `batch` is pages per memory bundle, 1 to 512.  `guest_budget` is guest instructions that each
-    vCPU runs while 512 pages are exported.  The pre-copy ends when at most `converged_pages` are
-    dirty or after `max_epochs` epochs.  `peer_timeout` is seconds that the peer may take to begin
-    a record, and again to complete it; see also `DECISION_TIMEOUTS`.
+    vCPU runs while 512 pages are exported.  The pre-copy converges when at most `converged_pages`
+    are dirty, or when those that are can be sent within `downtime_limit` seconds; otherwise it ends
+    after `max_epochs` epochs, and `not_converging` says how (0 epochs: at once, which needs
+    post-copy).  `bandwidth_limit` is bytes per second while the guest runs.  `peer_timeout` is
+    seconds that the peer may take to begin a record, and again to complete it; see also
+    `DECISION_TIMEOUTS`.
     """
 
     profile: str = "hardened"
@@ -82,7 +91,19 @@ class SessionOptions:
     guest_budget: int = 128
     converged_pages: int = 64
     max_epochs: int = 8
+    downtime_limit: float | None = None
+    bandwidth_limit: float | None = None
+    not_converging: WhenNotConverging = WhenNotConverging.PAUSE
     peer_timeout: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.bandwidth_limit is not None and not self.bandwidth_limit > 0:
+            raise UsageError(
+                f"a bandwidth limit is a positive number of bytes, not {self.bandwidth_limit}"
+            )
+        at_once = self.max_epochs == 0
+        if at_once and self.not_converging is not WhenNotConverging.POST_COPY:
+            raise UsageError("without an epoch all memory follows the start: choose post-copy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +132,12 @@ class SideOutcome:
     epochs: int = 0
     bundles: int = 0
     pages_moved: int = 0
+    iterations: list[Iteration] = field(default_factory=list)
+    """The epochs with memory, one by one (source)."""
+    pages_after_start: int = 0
+    """Of `pages_moved`, those that followed the start token."""
+    pages_requested: int = 0
+    """Of those, the ones that the guest at the destination waited for."""
     abort_token: bytes | None = None
     bytes: int = 0
     started_at: float | None = None
@@ -146,9 +173,19 @@ class Hooks:
     def exported(self) -> None:
         """The start token has left; memory and vCPUs of the source are as they were at pause."""
 
+    def committing(self) -> None:
+        """The destination is about to run the guest before all memory is there."""
+
+    def arrived(self, gpas: Gpas) -> None:
+        """Pages that came after that, and that the guest has not seen yet."""
+
 
 class Side(ABC):
-    """One side of a migration session; see `SourceSession` and `DestinationSession`."""
+    """One side of a migration session; see `SourceSession` and `DestinationSession`.
+
+    `transport` is channel 0, the only one with a return path; `more_channels` have memory records
+    of the further forward streams.
+    """
 
     side: ClassVar[str]
 
@@ -161,12 +198,14 @@ class Side(ABC):
         pages: int,
         vcpus: int,
         streams: int = 1,
+        more_channels: Sequence[Transport] = (),
         options: SessionOptions | None = None,
         hooks: Hooks | None = None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.backend = backend
         self.transport = transport
+        self.channels: list[Transport] = [transport, *more_channels]
         self.trace = trace
         self.pages, self.vcpus, self.streams = pages, vcpus, streams
         self.options = options or SessionOptions()
@@ -204,13 +243,25 @@ class Side(ABC):
         return self.outcome
 
     def _wait(self) -> None:
+        """Until something arrives on one of the channels that are read, or for a moment."""
+        awaited = [] if self._cannot_read else self._awaited()
         try:
-            if not self._cannot_read:
-                self.transport.poll(_POLL_SECONDS)
+            if len(awaited) == 1:
+                awaited[0].poll(_POLL_SECONDS)
                 return
+            end = monotonic() + _POLL_SECONDS
+            while awaited and monotonic() < end:
+                if any(channel.poll(0.0) for channel in awaited):
+                    return
+                sleep(_LOOK_SECONDS)
         except PeerLost:
             pass  # told by the next read, with all that arrived before
-        sleep(_POLL_SECONDS)
+        if not awaited:
+            sleep(_POLL_SECONDS)
+
+    def _awaited(self) -> list[Transport]:
+        """The channels on which something may arrive that this side would take now."""
+        return [self.transport]
 
     def steps(self) -> Steps[None]:
         """The whole session as activities; `outcome` is complete when it is exhausted."""
@@ -227,12 +278,15 @@ class Side(ABC):
                 self._peer_lost = isinstance(cause, PeerLost)
                 yield from self._give_up(cause)
             self._giving_up = True  # nothing is left that a stop could prevent
-            self._fire("cleanup")
+            self._clean_up()
             yield from self._linger()
         except TdxmigError as error:
             self._note_failure(error)
         finally:
             self._finish()
+
+    def _clean_up(self) -> None:
+        self._fire("cleanup")
 
     @abstractmethod
     def _migrate(self) -> Steps[None]:
@@ -261,13 +315,16 @@ class Side(ABC):
         try:
             self.outcome.op_state = self.op_state
             self.outcome.runnable = self.runnable
-            self.outcome.bytes = self.transport.bytes_sent or self.transport.bytes_received
+            sent = sum(channel.bytes_sent for channel in self.channels)
+            received = sum(channel.bytes_received for channel in self.channels)
+            self.outcome.bytes = sent if self.side == "source" else received
             self.trace.note(self.outcome.sentence, op_state=self.outcome.op_state)
             self.trace.flush()
             if self.trace.failure is not None and not self.outcome.cause:
                 self.outcome.cause = self.trace.failure
         finally:
-            self.transport.close()
+            for channel in self.channels:
+                channel.close()
 
     def _linger(self) -> Steps[None]:
         """Stay reachable for what the peer may still want to read."""
@@ -318,7 +375,8 @@ class Side(ABC):
         timeout = 0.0 if self._peer_lost else self.options.peer_timeout
         try:
             for send in self._outbox:
-                self.transport.send(self._encode(send), timeout)
+                channel = self.channels[send.stream % len(self.channels)]
+                channel.send(self._encode(send), timeout)
         except PeerLost as error:
             self._cannot_send = True
             if not self._giving_up:
@@ -391,6 +449,6 @@ class Side(ABC):
                 self.outcome.pages_moved,
                 self.pages,
                 dirty,
-                self.transport.bytes_sent + self.transport.bytes_received,
+                sum(one.bytes_sent + one.bytes_received for one in self.channels),
             )
         )

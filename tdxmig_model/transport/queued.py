@@ -98,9 +98,7 @@ class QueuedSender(_Queued):
 
     def send(self, buffers: Sequence[Readable], timeout: float | None = None) -> None:
         self._check_open()
-        views = [
-            view if view.readonly else memoryview(bytes(view)) for view in byte_views(buffers)
-        ]
+        views = [view if view.readonly else memoryview(bytes(view)) for view in byte_views(buffers)]
         size = sum(view.nbytes for view in views)
         with self._changed:
             # A record larger than the queue goes in alone.
