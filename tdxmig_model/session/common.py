@@ -40,6 +40,10 @@ The destination gives up after one, and its abort token then has another to arri
 """
 
 
+USUAL_EPOCHS: Final = 8
+"""Epochs while the guest runs, unless somebody chooses."""
+
+
 class Activity(enum.Enum):
     """What a side did since it was last asked."""
 
@@ -90,7 +94,7 @@ class SessionOptions:
     batch: int = MAX_ENTRIES
     guest_budget: int = 128
     converged_pages: int = 64
-    max_epochs: int = 8
+    max_epochs: int = USUAL_EPOCHS
     downtime_limit: float | None = None
     bandwidth_limit: float | None = None
     not_converging: WhenNotConverging = WhenNotConverging.PAUSE
@@ -427,10 +431,12 @@ class Side(ABC):
             if result.exit.reason != "ept_violation":
                 break
             assert result.exit.gpa is not None
-            self._on_ept_violation(vcpu, result.exit.gpa)
+            if not self._on_ept_violation(vcpu, result.exit.gpa):
+                break
         return budget - left
 
-    def _on_ept_violation(self, vcpu: int, gpa: int) -> None:
+    def _on_ept_violation(self, vcpu: int, gpa: int) -> bool:
+        """Deal with it; whether the vCPU can go on."""
         raise BackendError(
             "vp_enter",
             0,

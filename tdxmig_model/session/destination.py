@@ -191,11 +191,12 @@ class DestinationSession(Side):
             self.outcome.pages_requested += len(wanted)
             self._flush_outbox()
 
-    def _on_ept_violation(self, vcpu: int, gpa: int) -> None:
+    def _on_ept_violation(self, vcpu: int, gpa: int) -> bool:
         """In post-copy: the page is not here yet, and the vCPU waits for it."""
         if self.engine.memory_complete:
-            super()._on_ept_violation(vcpu, gpa)
+            return super()._on_ept_violation(vcpu, gpa)
         self._stalled[vcpu] = gpa & ~(PAGE_SIZE - 1)
+        return False
 
     def _account(self, event: str, mbmd: Mbmd) -> None:
         self.outcome.bundles += 1

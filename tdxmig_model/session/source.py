@@ -270,11 +270,12 @@ class SourceSession(Side):
         self._batches += 1
         return {"gpas": batch, "stream": stream}
 
-    def _on_ept_violation(self, vcpu: int, gpa: int) -> None:
+    def _on_ept_violation(self, vcpu: int, gpa: int) -> bool:
         """The guest wrote a write-blocked page: let it, and send the page again later."""
         page = gpa & ~(PAGE_SIZE - 1)
         drive(self.engine.unblock_page(page), self._execute, self._outbox.append)
         self.precopy.dirty(page)
+        return True
 
     def _execute(self, command: Command) -> Result:
         result = super()._execute(command)

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import select
 import socket
 from contextlib import closing
 from time import monotonic
-from typing import Final, Protocol
+from typing import Final
 
 from tdxmig_model.backend.soft.backend import SoftBackend, soft_destination, soft_source
 from tdxmig_model.backend.soft.module import PROFILES, Profile
-from tdxmig_model.engine.commands import Command, ExportAbort, VpEnter
+from tdxmig_model.engine.commands import Command, ExportAbort, Gpas, VpEnter
 from tdxmig_model.errors import PeerError, PeerLost, Refused, TdxmigError, UsageError
 from tdxmig_model.premigration import MigrationKey, Role, Versions, exchange
 from tdxmig_model.session import (
     RUNNABLE_STATES,
     DestinationSession,
     Ending,
-    SessionOptions,
     Side,
     SideOutcome,
     SourceSession,
+)
+from tdxmig_model.supervisor.channels import (
+    Listening,
+    accept_channels,
+    connect_channels,
+    readable,
 )
 from tdxmig_model.supervisor.child import (
     Addresses,
@@ -32,22 +36,15 @@ from tdxmig_model.supervisor.child import (
     Probe,
     SideReport,
 )
+from tdxmig_model.supervisor.digests import Digests, PageDigests
 from tdxmig_model.supervisor.faults import FaultyTransport
 from tdxmig_model.supervisor.options import RunOptions, trace_path
 from tdxmig_model.trace import TraceWriter
-from tdxmig_model.transport import (
-    CapturedTransport,
-    Listener,
-    SocketTransport,
-    Transport,
-    connect,
-)
-from tdxmig_model.wire.extensions import Capability, Hello, encode_forward
+from tdxmig_model.transport import CapturedTransport, Listener, Transport
 
 PREMIGRATION_TIMEOUTS: Final = 3
 """Peer timeouts that the source gives pre-migration: the destination may have to wait first for
 somebody else who connected and says nothing."""
-HELLO_BYTES: Final = len(encode_forward(Hello(bytes(16), Capability(0), 0, 1, 1)))
 SLICE: Final = 2_000
 """Guest instructions of each vCPU that show that the TD runs."""
 
@@ -57,6 +54,8 @@ def run_source(link: Link, options: RunOptions, place: Place) -> SideReport:
     backend = soft_source(
         options.pages,
         vcpus=options.vcpus,
+        streams=options.streams,
+        workers=options.workers,
         guest=options.guest,
         profile=_module_profile(options),
         seed=options.seed,
@@ -67,15 +66,22 @@ def run_source(link: Link, options: RunOptions, place: Place) -> SideReport:
         with closing(_connect_plain(addresses.premigration, options.peer_timeout)) as plain:
             limit = PREMIGRATION_TIMEOUTS * options.peer_timeout
             session_id = _premigrate("source", plain, place, backend, link, limit)
-        transport: Transport = connect(addresses.migration, options.peer_timeout)
+        first, others = connect_channels(
+            addresses.migration, options.streams, session_id, options.peer_timeout
+        )
     except TdxmigError as error:
         return _never_began("source", backend, error)
+    transport: Transport = first
     if options.injected.stream is not None:
         transport = FaultyTransport(transport, options.injected.stream)
-    captured: CapturedTransport | None = None
+    captured: list[CapturedTransport] = []
     if options.capture is not None:
-        transport = captured = CapturedTransport(transport, options.capture)
-    digests: list[tuple[str, tuple[str, ...]]] = []
+        captured = [
+            CapturedTransport(one, options.capture, number)
+            for number, one in enumerate([transport, *others])
+        ]
+        transport, *others = captured
+    compared = _comparable(backend, options)
 
     with TraceWriter(trace_path(place.traces, "source"), "source", session_id) as trace:
         session = SourceSession(
@@ -84,9 +90,11 @@ def run_source(link: Link, options: RunOptions, place: Place) -> SideReport:
             trace,
             gpas=backend.page_gpas(),
             vcpus=options.vcpus,
+            streams=options.streams,
+            more_channels=others,
             session_id=session_id,
-            options=_session_options(options),
-            hooks=ChildHooks("source", link, options, lambda: digests.append(_digests(backend))),
+            options=options.session_options(),
+            hooks=ChildHooks("source", link, options, compared.begin),
         )
         report = _run(link, session)
         outcome = report.outcome
@@ -94,20 +102,27 @@ def run_source(link: Link, options: RunOptions, place: Place) -> SideReport:
             report.probes = _try_what_is_refused(session)
         report.steps_checked = session.enforcer.steps_checked
     report.trace_failure, report.whole = trace.failure, True
-    if captured is not None and captured.failure is not None:
-        report.outcome.cause = report.outcome.cause or captured.failure
-    if digests:
-        report.memory_digest, report.vcpu_digests = digests[-1]
+    failures = [one.failure for one in captured if one.failure is not None]
+    if failures:
+        report.outcome.cause = report.outcome.cause or failures[0]
+    report.memory_digest, report.vcpu_digests = compared.memory, compared.vcpus
     return report
 
 
 def run_destination(link: Link, options: RunOptions, place: Place) -> SideReport:
     """The destination: an empty TD is filled, compared, and then runs."""
-    backend = soft_destination(options.pages, vcpus=options.vcpus, profile=_module_profile(options))
+    backend = soft_destination(
+        options.pages,
+        vcpus=options.vcpus,
+        streams=options.streams,
+        workers=options.workers,
+        profile=_module_profile(options),
+    )
     try:
-        session_id, transport = _accept_source(link, options, place, backend)
+        session_id, transport, others = _accept_source(link, options, place, backend)
     except TdxmigError as error:
         return _never_began("destination", backend, error)
+    compared = _comparable(backend, options)
     with TraceWriter(trace_path(place.traces, "destination"), "destination", session_id) as trace:
         session = DestinationSession(
             backend,
@@ -115,16 +130,40 @@ def run_destination(link: Link, options: RunOptions, place: Place) -> SideReport
             trace,
             pages=options.pages,
             vcpus=options.vcpus,
-            options=_session_options(options),
-            hooks=ChildHooks("destination", link, options),
+            streams=options.streams,
+            more_channels=others,
+            options=options.session_options(),
+            hooks=_DestinationHooks(link, options, compared),
         )
         report = _run(link, session)
         if report.outcome.ending is Ending.MIGRATED:
-            report.memory_digest, report.vcpu_digests = _digests(backend)
+            if not compared.begun:
+                compared.begin()
+            report.memory_digest, report.vcpu_digests = compared.memory, compared.vcpus
             report.guest_instructions = session.run_guest(SLICE)
         report.steps_checked = session.enforcer.steps_checked
     report.trace_failure, report.whole = trace.failure, True
     return report
+
+
+class _DestinationHooks(ChildHooks):
+    """In post-copy memory and vCPUs are compared as they were before the guest went on."""
+
+    def __init__(self, link: Link, options: RunOptions, compared: Digests | PageDigests) -> None:
+        super().__init__("destination", link, options)
+        self._compared = compared
+
+    def committing(self) -> None:
+        self._compared.begin()
+
+    def arrived(self, gpas: Gpas) -> None:
+        if isinstance(self._compared, PageDigests):
+            self._compared.add(gpas)
+
+
+def _comparable(backend: SoftBackend, options: RunOptions) -> Digests | PageDigests:
+    """Digests of the same kind on both sides."""
+    return PageDigests(backend) if options.may_post_copy else Digests(backend)
 
 
 def _run(link: Link, session: Side) -> SideReport:
@@ -137,15 +176,15 @@ def _run(link: Link, session: Side) -> SideReport:
 
 def _accept_source(
     link: Link, options: RunOptions, place: Place, backend: SoftBackend
-) -> tuple[bytes, Transport]:
-    """Listen, pre-migrate, and take the source's connection; session id and transport."""
+) -> tuple[bytes, Transport, list[Transport]]:
+    """Listen, pre-migrate, and take the source's connections; session id and channels."""
     with (
         closing(_listen_plain(options, place)) as plain_listener,
         Listener(_migration_address(options, place)) as listener,
     ):
         link.tell(Addresses(str(listener.address), plain_listener.getsockname()))
         session_id = _premigrate_with_source(plain_listener, link, options, place, backend)
-        return session_id, _accept_stream(listener, session_id, link, options)
+        return session_id, *_accept_streams(listener, session_id, link, options)
 
 
 def _premigrate_with_source(
@@ -163,32 +202,18 @@ def _premigrate_with_source(
                 problem = error  # told if the source goes away, because then it was the source
 
 
-def _accept_stream(
+def _accept_streams(
     listener: Listener, session_id: bytes, link: Link, options: RunOptions
-) -> SocketTransport:
-    """The connection that opens with a HELLO of this session; others are closed."""
-    waiting: list[SocketTransport] = []
-    end = monotonic() + options.patience
-    found: SocketTransport | None = None
-    try:
-        while found is None:
-            _check_source(link, None)
-            if monotonic() >= end:
-                raise PeerLost(f"the source did not begin within {options.patience:g} s")
-            if _readable(listener, 10):
-                waiting.append(listener.accept(0.0))
-            for transport in [one for one in waiting if one.poll()]:
-                head = transport.peek(HELLO_BYTES)
-                if session_id in head:
-                    found = transport
-                elif not head or len(head) == HELLO_BYTES:
-                    waiting.remove(transport)
-                    transport.close()
-        return found
-    finally:
-        for transport in waiting:
-            if transport is not found:
-                transport.close()
+) -> tuple[Transport, list[Transport]]:
+    """The connections of this session's channels."""
+    return accept_channels(
+        listener,
+        options.streams,
+        session_id,
+        patience=options.patience,
+        timeout=options.peer_timeout,
+        check=lambda: _check_source(link, None),
+    )
 
 
 def _never_began(side: str, backend: SoftBackend, error: TdxmigError) -> SideReport:
@@ -211,17 +236,6 @@ def _module_profile(options: RunOptions) -> Profile:
         if profile == options.profile:
             return profile
     raise UsageError(f"profile {options.profile!r}: the module knows {' and '.join(PROFILES)}")
-
-
-def _digests(backend: SoftBackend) -> tuple[str, tuple[str, ...]]:
-    """Of memory and of each vCPU."""
-    return backend.memory_digest(), tuple(backend.vcpu_digest())
-
-
-def _session_options(options: RunOptions) -> SessionOptions:
-    return SessionOptions(
-        profile=options.profile, batch=options.batch, peer_timeout=options.peer_timeout
-    )
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -295,12 +309,8 @@ def _migration_address(options: RunOptions, place: Place) -> str:
     return f"unix:{place.work / 'migration.sock'}"
 
 
-class _Listening(Protocol):
-    def fileno(self) -> int: ...
-
-
 def _await_connection(
-    listening: _Listening, link: Link, options: RunOptions, problem: PeerError | None
+    listening: Listening, link: Link, options: RunOptions, problem: PeerError | None
 ) -> None:
     """Wait until somebody connects; the source has to once its TD is built.
 
@@ -308,7 +318,7 @@ def _await_connection(
     """
     limit, built = options.build_seconds, False
     end = monotonic() + limit
-    while not _readable(listening, 100):
+    while not readable(listening, 100):
         _check_source(link, problem)
         if link.peer_built and not built:
             limit, built = options.peer_timeout, True
@@ -323,9 +333,3 @@ def _check_source(link: Link, problem: PeerError | None) -> None:
         raise PeerLost(f"the source never connected: {link.stop_reason}")
     if link.peer_ended:
         raise problem or PeerLost("the source ended before it had connected")
-
-
-def _readable(listening: _Listening, milliseconds: int) -> bool:
-    poller = select.poll()
-    poller.register(listening.fileno(), select.POLLIN)
-    return bool(poller.poll(milliseconds))
