@@ -61,7 +61,9 @@ class Recorded:
         self._inner.send(buffers, timeout)
 
 
-def channels(count: int, *, faults: Faults | None = None) -> list[tuple[MemoryTransport, ...]]:
+def channels(
+    count: int, *, faults: Faults | None = None
+) -> list[tuple[MemoryTransport, MemoryTransport]]:
     """Pairs for channels 1 to `count` - 1; the faults are those of channel 1."""
     return [
         memory_pair(forward=faults or Faults()) if not number else memory_pair()

@@ -66,7 +66,7 @@ def post_copy(
         ours=soft_source(PAGES, vcpus=VCPUS, streams=count, guest=guest),
         theirs=theirs,
         options=options,
-        more_channels=channels(count),  # type: ignore[arg-type]
+        more_channels=channels(count),
         destination_hooks=compare,
         forward=forward,
         stop=stop,
