@@ -13,7 +13,13 @@ from tdxmig_model.backend.soft.backend import SoftBackend, soft_destination, sof
 from tdxmig_model.engine import WhenNotConverging
 from tdxmig_model.engine.commands import Gpas
 from tdxmig_model.errors import UsageError
-from tdxmig_model.session import Ending, Hooks, SessionOptions
+from tdxmig_model.session import (
+    DestinationSession,
+    Ending,
+    Hooks,
+    SessionOptions,
+    SourceSession,
+)
 from tdxmig_model.supervisor.digests import PageDigests
 from tdxmig_model.trace import read_trace
 from tdxmig_model.transport import Faults
@@ -136,6 +142,37 @@ def test_a_source_that_is_lost_in_post_copy_is_told_as_it_is(tmp_path: Path) -> 
     assert f"{missing} of its pages never arrived" in destination.sentence
     assert done.destination.channels[0]._closed  # type: ignore[attr-defined]
     done.assert_accepted()
+
+
+class StopOnce(Compare):
+    """Asks for a stop once a page has come after the commit, and then for ever."""
+
+    def __init__(self, backend: SoftBackend) -> None:
+        super().__init__(backend)
+        self.asked = 0
+
+    def stop_requested(self, event: str | None) -> str | None:
+        self.asked += bool(self.late)
+        return "too late" if self.late else None
+
+
+def test_a_stop_after_the_commit_does_not_take_the_guest_its_memory(tmp_path: Path) -> None:
+    theirs = soft_destination(PAGES, vcpus=VCPUS)
+    hooks = StopOnce(theirs)
+
+    def stop_the_source_too(source: SourceSession, _destination: DestinationSession) -> None:
+        source.hooks = hooks
+
+    done = migrate(
+        tmp_path,
+        ours=soft_source(PAGES, vcpus=VCPUS, guest="random-writer"),
+        theirs=theirs,
+        options=AT_ONCE,
+        destination_hooks=hooks,
+        prepare=stop_the_source_too,
+    )
+    assert_handed_over(done, hooks)
+    assert hooks.asked > 2
 
 
 def test_a_stop_before_the_commit_still_brings_the_td_back(tmp_path: Path) -> None:

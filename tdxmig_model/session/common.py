@@ -10,6 +10,7 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from time import monotonic, sleep
 from typing import Any, ClassVar, Final, TypeAlias, TypeVar
@@ -209,7 +210,7 @@ class Side(ABC):
     ) -> None:
         self.backend = backend
         self.transport = transport
-        self.channels: list[Transport] = [transport, *more_channels]
+        self._more_channels = more_channels
         self.trace = trace
         self.pages, self.vcpus, self.streams = pages, vcpus, streams
         self.options = options or SessionOptions()
@@ -233,7 +234,9 @@ class Side(ABC):
         self._performed: object = None
         self._giving_up = False
         self._peer_lost = False
-        self._cannot_send = False
+        self._cut_short: set[int] = set()
+        """Channels on which a record was not sent whole, by number."""
+        self._no_way_back = False
         self._cannot_read = False
         trace.flush()  # a side that dies early has still said what it began from
 
@@ -327,12 +330,18 @@ class Side(ABC):
             if self.trace.failure is not None and not self.outcome.cause:
                 self.outcome.cause = self.trace.failure
         finally:
-            for channel in self.channels:
-                channel.close()
+            with ExitStack() as closing:  # each of them, whatever becomes of the others
+                for channel in self.channels:
+                    closing.callback(channel.close)
 
     def _linger(self) -> Steps[None]:
         """Stay reachable for what the peer may still want to read."""
         yield from ()
+
+    @property
+    def channels(self) -> list[Transport]:
+        """All channels by number."""
+        return [self.transport, *self._more_channels]
 
     @property
     def op_state(self) -> str:
@@ -367,31 +376,33 @@ class Side(ABC):
     def _flush_outbox(self) -> None:
         """Send what the event made; a side that gives up does so whether or not anybody listens.
 
-        After a record that was not sent whole nothing is sent, because it would land inside it.
+        After a record that was not sent whole nothing is sent on its channel, because it would land
+        inside it.
         """
         if not self._outbox:
             return
         self.trace.flush()
-        if self._cannot_send:
+        records, self._outbox[:] = self._outbox[:], []
+        for send in records:
+            self._send(send)
+
+    def _send(self, send: Send) -> None:
+        number = send.stream % len(self.channels)
+        if number in self._cut_short:
             self.trace.note("not sent: the record before was not sent whole")
-            self._outbox.clear()
             return
         timeout = 0.0 if self._peer_lost else self.options.peer_timeout
         try:
-            for send in self._outbox:
-                channel = self.channels[send.stream % len(self.channels)]
-                channel.send(self._encode(send), timeout)
+            self.channels[number].send(self._encode(send), timeout)
         except PeerLost as error:
-            self._cannot_send = True
+            self._cut_short.add(number)
             if not self._giving_up:
                 raise
             self.trace.note(f"not sent: {error}")
-        finally:
-            self._outbox.clear()
 
     def _check_stop(self, event: str | None) -> None:
         reason = self.hooks.stop_requested(event)
-        if self._giving_up:
+        if self._giving_up or self._no_way_back:
             return
         if reason is not None:
             raise Stopped(reason)

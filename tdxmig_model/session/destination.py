@@ -161,6 +161,7 @@ class DestinationSession(Side):
             return
         self.hooks.committing()
         self._fire("commit")
+        self._no_way_back = True  # a stop would leave a guest without the rest of its memory
 
     def _note_arrival(self, outcome: ImportOutcome) -> None:
         self.hooks.arrived(outcome.imported)

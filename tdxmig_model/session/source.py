@@ -199,7 +199,11 @@ class SourceSession(Side):
         self._export_batch(self.precopy.withdraw(batch))
 
     def _export_after_start(self) -> Steps[None]:
-        """Post-copy: what is left, and first what the guest at the destination waits for."""
+        """Post-copy: what is left, and first what the guest at the destination waits for.
+
+        Nothing stops this but the destination: it may run the guest already, which needs the rest.
+        """
+        self._no_way_back = not self.precopy.done
         before = self.precopy.exports
         round_began = -1
         while not self.precopy.done:
@@ -215,6 +219,7 @@ class SourceSession(Side):
             self._enter("post-copy")
             yield Activity.MOVED
             self._check_peer()
+        self._no_way_back = False
 
     def _export_rest(self) -> Steps[None]:
         """The last epoch, paused: an epoch of its own even if nothing is left to send."""
