@@ -11,6 +11,7 @@ from engine_play import OK, gpas, immutable, memory_bundle, play, td_state
 from test_session import PAGES, VCPUS, Migration, backends, migrate
 
 from tdxmig_model.engine import DestinationEngine
+from tdxmig_model.errors import PeerLost
 from tdxmig_model.session import Ending, SessionOptions
 from tdxmig_model.trace import read_trace
 from tdxmig_model.transport import Faults, MemoryTransport, Transport, memory_pair
@@ -59,6 +60,13 @@ class Recorded:
         for buffer in buffers:
             self.data += buffer
         self._inner.send(buffers, timeout)
+
+
+class Mute(Recorded):
+    """A sending end that has no room."""
+
+    def send(self, buffers: Sequence[Readable], timeout: float | None = None) -> None:
+        raise PeerLost("no room to send before the deadline")
 
 
 def channels(
@@ -238,6 +246,15 @@ def test_a_fault_on_a_further_channel_costs_the_migration_and_not_the_td(
     assert done.states == ("RUNNABLE", "FAILED_IMPORT")
     assert done.runnable == (True, False)
     assert done.destination.outcome.cause
+    done.assert_accepted()
+
+
+def test_a_channel_that_cannot_send_is_told_on_the_first(tmp_path: Path) -> None:
+    pairs = [(Mute(near), far) for near, far in channels(2)]
+    done = migrate(tmp_path, options=SMALL, more_channels=pairs)  # type: ignore[arg-type]
+    assert done.states == ("RUNNABLE", "FAILED_IMPORT")
+    assert "no room" in done.source.outcome.cause
+    assert "the source gave up" in done.destination.outcome.cause
     done.assert_accepted()
 
 
