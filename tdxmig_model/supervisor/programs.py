@@ -80,7 +80,7 @@ def run_source(link: Link, options: RunOptions, place: Place) -> SideReport:
             CapturedTransport(one, options.capture, number)
             for number, one in enumerate([transport, *others])
         ]
-        transport, *others = captured
+        transport, others = captured[0], list(captured[1:])
     compared = _comparable(backend, options)
 
     with TraceWriter(trace_path(place.traces, "source"), "source", session_id) as trace:
