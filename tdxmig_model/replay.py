@@ -277,6 +277,7 @@ class Replay:
             if row.pages is None:
                 continue
             kind = row.step.removeprefix("export_mem_")
+            kind = "migrate" if kind == "out_of_order" else kind  # an import knows no other
             waits = _PENDING[self.leaf["source_page"][row.pages]] & (kind != "cancel")
             found[kind] = np.sort(row.pages[~waits])
             found[f"{kind}_pending"] = np.sort(row.pages[waits])

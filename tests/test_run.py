@@ -399,8 +399,9 @@ def test_a_damaged_stream(faults: Faults, cause: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ("--post-copy", "--post-copy"),
-        ("--streams 2", "--streams"),
+        ("--post-copy --not-converging abort", "not both"),
+        ("--streams 512", "--streams"),
+        ("--max-epochs 0", "choose post-copy"),
         ("--memory 5000", "multiple of 4KiB"),
         ("--memory lots", "not a size"),
         ("--memory 1024GiB", "do not fit"),

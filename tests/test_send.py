@@ -22,7 +22,9 @@ from test_transport import certificates
 
 from tdxmig_model import replay
 from tdxmig_model.certificates import write_certificates
-from tdxmig_model.transport import connect
+from tdxmig_model.errors import UsageError
+from tdxmig_model.supervisor import Meeting, RunOptions, SideRun, receive_td, send_td
+from tdxmig_model.transport import Address, connect
 
 assert certificates  # a fixture
 
@@ -291,3 +293,15 @@ def test_a_side_that_is_told_to_end_or_killed(
     assert ended.out["interrupted"]
     assert "SIGTERM" in ended.out["cause"]
     assert ended.out["runnable"] is (side == "send")
+
+
+@pytest.mark.parametrize("side", [send_td, receive_td])
+@pytest.mark.parametrize(
+    ("options", "says"), [({"streams": 2}, "2 streams"), ({"post_copy": True}, "post-copy")]
+)
+def test_what_only_a_supervised_run_has_is_refused(
+    side: Callable[..., SideRun], options: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    where = Meeting(address=Address.parse(f"unix:{tmp_path / 's'}"), identity=tmp_path, wait=1.0)
+    with pytest.raises(UsageError, match=says):
+        side(RunOptions(memory=4096, **options), where)

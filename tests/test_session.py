@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from tdxmig_model.session import (
 )
 from tdxmig_model.supervisor import lifecycle_events
 from tdxmig_model.trace import TraceWriter, read_trace
-from tdxmig_model.transport import Faults, memory_pair
+from tdxmig_model.transport import Faults, Transport, memory_pair
 
 PAGES, VCPUS = 128, 2
 SESSION = bytes(range(16))
@@ -81,10 +81,19 @@ def migrate(
     backward: Faults | None = None,
     prepare: Callable[[SourceSession, DestinationSession], None] = lambda s, d: None,
     options: SessionOptions = OPTIONS,
+    more_channels: Sequence[tuple[Transport, Transport]] = (),
+    streams: int = 0,
+    room: int = PAGES,
+    destination_hooks: Hooks | None = None,
 ) -> Migration:
-    """Exchange keys, run both sides turn by turn to their ends, and keep their traces."""
-    ours = ours or soft_source(PAGES, vcpus=VCPUS)
-    theirs = theirs or soft_destination(PAGES, vcpus=VCPUS)
+    """Exchange keys, run both sides turn by turn to their ends, and keep their traces.
+
+    There are as many forward streams as channels unless `streams` says otherwise; `room` is what
+    the destination has place for.
+    """
+    streams = streams or 1 + len(more_channels)
+    ours = ours or soft_source(PAGES, vcpus=VCPUS, streams=streams)
+    theirs = theirs or soft_destination(PAGES, vcpus=VCPUS, streams=streams)
     our_key, their_key = (side.read_migration_encryption_key() for side in (ours, theirs))
     theirs.write_migration_decryption_key(our_key)
     ours.write_migration_decryption_key(their_key)
@@ -101,6 +110,8 @@ def migrate(
             first,
             gpas=ours.page_gpas(),
             vcpus=VCPUS,
+            streams=streams,
+            more_channels=[near for near, _ in more_channels],
             session_id=SESSION,
             options=options,
             hooks=hooks["source"],
@@ -109,10 +120,12 @@ def migrate(
             theirs,
             there,
             second,
-            pages=PAGES,
+            pages=room,
             vcpus=VCPUS,
+            streams=streams,
+            more_channels=[far for _, far in more_channels],
             options=options,
-            hooks=hooks["destination"],
+            hooks=destination_hooks or hooks["destination"],
         )
         prepare(source, destination)
         migrate_in_process(source, destination)

@@ -30,6 +30,7 @@ from tdxmig_model.wire import (
     InOrderDone,
     Mbmd,
     PageListInfo,
+    PageRequest,
     RecordParser,
     ReturnMessage,
     ReturnPathParser,
@@ -40,7 +41,14 @@ from tdxmig_model.wire import (
     iv_bytes,
 )
 from tdxmig_model.wire import gpa_list as lists
-from tdxmig_model.wire.extensions import encode_forward, printable_reason
+from tdxmig_model.wire.extensions import (
+    CHANNEL_OPEN_SIZE,
+    ChannelOpen,
+    decode_channel,
+    encode_channel,
+    encode_forward,
+    printable_reason,
+)
 
 VECTORS = json.loads((Path(__file__).parent.parent / "specs" / "crypto_vectors.json").read_text())
 CIPHER = AESGCM(bytes.fromhex(VECTORS["key_hex"]))
@@ -390,6 +398,8 @@ RETURN_MESSAGES: list[ReturnMessage] = [
     Committed(bytes(range(32))),
     Failed("TDX_INVALID_MBMD in epoch 3, vCPU état"),
     Failed(""),
+    PageRequest((0x1000,)),
+    PageRequest((0x7000, 0xFFFFFFFFFF000)),
 ]
 
 
@@ -401,6 +411,9 @@ def test_a_hello_is_the_documented_bytes() -> None:
     assert encode_return(SessionStarted()).hex() == "54020000"
     assert encode_return(InOrderDone()).hex() == "54070000"
     assert encode_return(Committed()).hex() == "54040000"
+    assert encode_return(PageRequest((0x3000,))).hex() == "54090008" + "0000000000003000"
+    opening = "54" + "54080012" + "0002" + SESSION.hex()
+    assert encode_channel(ChannelOpen(2, SESSION)).hex() == opening
 
 
 def test_the_return_path_survives_the_round_trip_however_it_is_cut() -> None:
@@ -441,7 +454,7 @@ def test_each_flipped_bit_of_a_message_is_refused_or_seen(message: ReturnMessage
 
 
 @settings(max_examples=100)
-@given(st.binary(max_size=80), st.integers(0x5401, 0x5407), st.integers(0, 1100))
+@given(st.binary(max_size=80), st.integers(0x5401, 0x5409), st.integers(0, 1100))
 def test_random_messages_give_messages_or_wire_errors(data: bytes, kind: int, length: int) -> None:
     frame = kind.to_bytes(2, "big") + length.to_bytes(2, "big")
     for wire in (data, frame + data * 14):
@@ -463,6 +476,12 @@ def test_random_messages_give_messages_or_wire_errors(data: bytes, kind: int, le
         ("5404" + "0021", "length", 2),
         ("5404" + "0001" + "00", "digest", 4),
         ("5405" + "0401", "length", 2),
+        ("5408" + "0012", "type", 0),
+        ("5409" + "0000", "length", 2),
+        ("5409" + "1001", "length", 2),
+        ("5409" + "0009" + "00" * 9, "length", 2),
+        ("5409" + "0010" + "00" * 8 + "00" * 6 + "1001", "gpa", 12),
+        ("5409" + "0008" + "0010" + "00" * 6, "gpa", 4),
         ("5405" + "0002" + "61ff", "reason", 5),
         ("5405" + "0001" + "1b", "reason", 4),
         ("5405" + "0002" + "6120", "reason", 4),
@@ -539,3 +558,31 @@ def test_a_reason_is_made_printable_and_cut() -> None:
 def test_any_reason_can_be_sent(text: str) -> None:
     (message,) = ReturnPathParser().records(encode_return(Failed(text)))
     assert message == Failed(printable_reason(text))
+
+
+@pytest.mark.parametrize("gpas", [(), (0x1001,), (1 << 52,), (-4096,), (0x1000,) * 513])
+def test_a_page_request_keeps_its_bounds(gpas: tuple[int, ...]) -> None:
+    with pytest.raises(WireError):
+        encode_return(PageRequest(gpas))
+
+
+@pytest.mark.parametrize("channel", [1, 2, 510])
+def test_a_channel_says_who_it_is(channel: int) -> None:
+    opening = ChannelOpen(channel, SESSION)
+    wire = encode_channel(opening)
+    assert len(wire) == CHANNEL_OPEN_SIZE
+    assert decode_channel(wire) == opening
+    for bit in range(len(wire) * 8):
+        changed = bytearray(wire)
+        changed[bit // 8] ^= 1 << bit % 8
+        with contextlib.suppress(WireError):
+            assert decode_channel(bytes(changed)) != opening, bit
+    for length in range(len(wire)):
+        with pytest.raises(WireError):
+            decode_channel(wire[:length])
+
+
+@pytest.mark.parametrize(("channel", "session"), [(0, SESSION), (511, SESSION), (1, SESSION[1:])])
+def test_a_channel_that_cannot_be_is_refused(channel: int, session: bytes) -> None:
+    with pytest.raises(WireError):
+        encode_channel(ChannelOpen(channel, session))

@@ -87,7 +87,14 @@ class _WithEvents(click.Command):
     type=click.IntRange(1, 511),
     default=1,
     show_default=True,
-    help="Forward streams; more than 1 is not available yet.",
+    help="Forward streams, each with a connection of its own.",
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(0, 16),
+    default=0,
+    show_default=True,
+    help="Processes on each side that encrypt and decrypt.",
 )
 @click.option(
     "--batch",
@@ -105,7 +112,34 @@ class _WithEvents(click.Command):
     help="What the guest does while it is migrated.",
 )
 @click.option(
-    "--post-copy", is_flag=True, help="Hand over before all memory is there (not available yet)."
+    "--post-copy",
+    is_flag=True,
+    help="After one epoch hand over; what the guest wrote meanwhile follows while it runs there.",
+)
+@click.option(
+    "--max-epochs",
+    type=click.IntRange(min=0),
+    metavar="N",
+    help="Epochs while the guest runs [default: 8; 1 with --post-copy].",
+)
+@click.option(
+    "--downtime-limit",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="MS",
+    help="Pause once what is left can be sent in so many milliseconds.",
+)
+@click.option(
+    "--bandwidth-limit",
+    type=Size(),
+    metavar="SIZE",
+    help="Bytes per second while the guest runs, for example 32MiB.",
+)
+@click.option(
+    "--not-converging",
+    type=click.Choice(("pause", "abort", "post-copy")),
+    default="pause",
+    show_default=True,
+    help="What to do when the epochs are used up and too much is left.",
 )
 @click.option(
     "--abort-at",
@@ -160,12 +194,6 @@ def command(ctx: click.Context, /, as_json: bool, **chosen: Any) -> None:
     interrupted.  With --abort-at what is asked is that the stop happens and the source runs the TD:
     a stop that came too late or never is exit 1, although the TD migrated.
     """
-    if chosen.pop("post_copy"):
-        raise click.UsageError(
-            "--post-copy is not available yet: all memory precedes the start", ctx
-        )
-    if chosen.pop("streams") > 1:
-        raise click.UsageError("--streams above 1 is not available yet: bundles use stream 0", ctx)
     from tdxmig_model.supervisor import RunOptions, StopSignals, run_migration
 
     options = RunOptions(stop_at=chosen.pop("abort_at"), **chosen)
@@ -238,6 +266,7 @@ def _summary(result: RunResult) -> list[tuple[str, str]]:
         ("pages", f"{result.pages} ({result.pages_sent} sent in {result.epochs} epochs)"),
         ("bundles", f"{result.bundles}, {result.bytes / (1 << 20):.1f} MiB"),
         ("vCPUs, streams", f"{result.vcpus}, {result.streams}"),
+        *_post_copy(result),
         ("downtime", with_unit(result.downtime_ms, "ms")),
         ("throughput", with_unit(result.throughput_mib_s, "MiB/s")),
         ("memory equal", _answer(result.memory_equal)),
@@ -257,6 +286,14 @@ def _summary(result: RunResult) -> list[tuple[str, str]]:
     if result.cause:
         rows.append(("cause", result.cause))
     return rows
+
+
+def _post_copy(result: RunResult) -> list[tuple[str, str]]:
+    """The row of post-copy, if there was one."""
+    if not result.pages_after_start:
+        return []
+    asked = f"{result.pages_requested} of them asked for"
+    return [("after the start", f"{result.pages_after_start} pages, {asked}")]
 
 
 def _verdict(result: RunResult) -> str:

@@ -7,7 +7,13 @@ is sent the result of each command.
 from tdxmig_model.engine.commands import Backend, Command, Operation, Result, Send, VcpuExit
 from tdxmig_model.engine.destination import DestinationEngine, ImportOutcome
 from tdxmig_model.engine.pages import PageSet
-from tdxmig_model.engine.precopy import Decision, PreCopy, PreCopyLimits
+from tdxmig_model.engine.precopy import (
+    Decision,
+    Iteration,
+    PreCopy,
+    PreCopyLimits,
+    WhenNotConverging,
+)
 from tdxmig_model.engine.source import ExportOutcome, SourceEngine
 from tdxmig_model.engine.steps import RamBlock, drive
 
@@ -18,6 +24,7 @@ __all__ = [
     "DestinationEngine",
     "ExportOutcome",
     "ImportOutcome",
+    "Iteration",
     "Operation",
     "PageSet",
     "PreCopy",
@@ -27,5 +34,6 @@ __all__ = [
     "Send",
     "SourceEngine",
     "VcpuExit",
+    "WhenNotConverging",
     "drive",
 ]

@@ -297,9 +297,11 @@ class Send:
     """Yielded by the engine beside commands: put this record on the wire.  Answered with None.
 
     The source sends records of the forward path, the destination messages of the return path.
+    Memory may travel on the channel of its forward ``stream``; all else is on that of stream 0.
     """
 
     record: Record | ReturnMessage
+    stream: int = 0
 
 
 Operation: TypeAlias = Generator[Command | Send, Result | None, T]

@@ -38,7 +38,7 @@ from tdxmig_model.engine.steps import (
     entry_results,
     perform,
 )
-from tdxmig_model.errors import BackendError, PeerError
+from tdxmig_model.errors import BackendError, PeerError, UsageError
 from tdxmig_model.wire.extensions import (
     AbortToken,
     Capability,
@@ -46,6 +46,7 @@ from tdxmig_model.wire.extensions import (
     Failed,
     Hello,
     InOrderDone,
+    PageRequest,
     SessionStarted,
     SourceAbort,
 )
@@ -121,6 +122,8 @@ class DestinationEngine:
         self._td_seen = False
         self._vcpus_seen: set[int] = set()
         self._answer: Hello | None = None
+        self._epoch = -1
+        self._bundles = 0
 
     @property
     def announced(self) -> Hello:
@@ -133,6 +136,32 @@ class DestinationEngine:
         return self.peer is None or self.pages_imported >= self.peer.page_count
 
     # --- what may stand where --------------------------------------------------------------------
+
+    def ready(self, record: Record) -> bool:
+        """Whether a record that came on one of several channels has everything before it here.
+
+        A token counts the bundles before it on all streams, and memory is of the epoch of the last
+        token: so tokens, which travel on the first channel, are barriers across the channels.
+        Source: TOTAL_MB and MIG_EPOCH of the MBMD; TDH.IMPORT.TRACK ends the import if it is short.
+        """
+        match record:
+            case MemoryRecord(bundle=bundle):
+                return self._epoch >= 0 and bundle.mbmd.mig_epoch <= self._epoch
+            case EpochRecord(bundle) | (Bundle() as bundle):
+                token = bundle.mbmd.bundle_type is BundleType.EPOCH_TOKEN
+                return not token or bundle.mbmd.total_mb <= self._bundles + 1
+            case _:
+                return True
+
+    def missing(self, record: Record) -> str:
+        """What a record that is not ready waits for, as the end of a sentence."""
+        mbmd = record.bundle.mbmd if isinstance(record, MemoryRecord | EpochRecord) else None
+        if isinstance(record, Bundle):
+            mbmd = record.mbmd
+        if mbmd is None or mbmd.bundle_type is BundleType.MEM:
+            epoch = "" if mbmd is None else f" {mbmd.mig_epoch}"
+            return f"memory of epoch{epoch} waits for the token of its epoch"
+        return f"a token counts {mbmd.total_mb - 1} bundles before it, {self._bundles} have arrived"
 
     def accept(self, record: Record) -> str | None:
         """Judge a record's place in the stream; returns the lifecycle event that it asks for.
@@ -357,6 +386,17 @@ class DestinationEngine:
         self._vcpus_seen.clear()
         yield from ()
 
+    # --- between lifecycle events ----------------------------------------------------------------
+
+    def request_pages(self, gpas: tuple[int, ...]) -> Operation[None]:
+        """Ask the source for pages that the guest waits for, after the commit.
+
+        UsageError: the source sends no memory after the start token.
+        """
+        if Capability.POST_COPY not in self.agreed:
+            raise UsageError("the source sends no memory after the start token (POST_COPY)")
+        yield Send(PageRequest(gpas))
+
     # --- parts -----------------------------------------------------------------------------------
 
     def _import(self, command: Command, *, hint: str = "") -> Operation[Result]:
@@ -366,6 +406,11 @@ class DestinationEngine:
             self._session_open = result.ok or bool(result.status & STATUS_FATAL_BIT)
         if not result.ok:
             raise BackendError(command.name, result.status, result.status_name, hint)
+        self._bundles += 1
+        if isinstance(command, ImportStateImmutable):
+            self._epoch = 0
+        elif isinstance(command, ImportTrack):
+            self._epoch = command.bundle.mbmd.mig_epoch
         return result
 
     def _check_type(self, bundle: Bundle, expected: BundleType) -> None:

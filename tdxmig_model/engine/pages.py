@@ -103,6 +103,13 @@ class PageSet:
         self._count -= most - wanted
         return np.concatenate(parts) if parts else NO_PAGES
 
+    def take_these(self, gpas: Gpas) -> Gpas:
+        """Take out and return those of the pages that are in, each once, ascending."""
+        column = np.unique(page_column(gpas))
+        found = column[self.contains(column)]
+        self.discard(found)
+        return found
+
     def gpas(self) -> Gpas:
         """Every page in ascending order, shape (n,)."""
         parts = [

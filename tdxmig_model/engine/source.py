@@ -49,6 +49,7 @@ from tdxmig_model.wire.extensions import (
     Failed,
     Hello,
     InOrderDone,
+    PageRequest,
     ReturnMessage,
     SessionStarted,
     SourceAbort,
@@ -109,6 +110,8 @@ class SourceEngine:
         self.committed: Committed | None = None
         self.failure: str | None = None
         self.abort_token: bytes | None = None
+        self.requested: list[Gpas] = []
+        """Pages that the destination's guest waits for; who sends them empties the list."""
         self.paused = False
         self.start_token_sent = False
         self._start_sent = False
@@ -116,7 +119,7 @@ class SourceEngine:
         self._aborted = False
         self._chain_open = False
         self._vcpus_sent: set[int] = set()
-        self._block_named = False
+        self._block_named: set[int] = set()
         self._exported = PageSet()
         self._writable = PageSet()
         self._in_flight = NO_PAGES
@@ -149,6 +152,11 @@ class SourceEngine:
                 first = not self.in_order_done and not decided
                 self._expect(agreed and complete and first, "IN_ORDER_DONE")
                 self.in_order_done = True
+                return None
+            case PageRequest(gpas):
+                agreed = Capability.POST_COPY in self.agreed and self.start_token_sent
+                self._expect(agreed and not self.committed and not self.abort_token, "PAGE_REQUEST")
+                self.requested.append(page_column(np.array(gpas, dtype=np.uint64)))
                 return None
             case Committed():
                 at_end = self.start_token_sent and self.abort_token is None
@@ -247,6 +255,10 @@ class SourceEngine:
         self._writable.discard(outcome.sent)
         self._in_flight = NO_PAGES
         return outcome
+
+    def was_exported(self, gpas: Gpas) -> NDArray[np.bool_]:
+        """Which pages the destination has in some version, shape (n,)."""
+        return self._exported.contains(gpas)
 
     def cancel_page(self, gpas: Gpas | int, stream: int = 0) -> Operation[ExportOutcome]:
         """Make the destination drop pages that were exported; they can be exported again later.
@@ -384,12 +396,15 @@ class SourceEngine:
             result = yield from perform(command)
             bundle = bundle_of(command, result, BundleType.MEM)
             statuses[usable] = _export_statuses(command, result, bundle, pages)
-            yield Send(self._memory_record(bundle, pages, operation))
+            yield Send(self._memory_record(bundle, pages, operation, stream), stream)
         failed = statuses != GpaStatus.SUCCESS
         return ExportOutcome(batch[~failed], batch[failed], statuses[failed])
 
-    def _memory_record(self, bundle: Bundle, pages: Gpas, operation: GpaOperation) -> MemoryRecord:
-        named, self._block_named = self._block_named, True
+    def _memory_record(
+        self, bundle: Bundle, pages: Gpas, operation: GpaOperation, stream: int
+    ) -> MemoryRecord:
+        named = stream in self._block_named  # each stream may have a channel of its own
+        self._block_named.add(stream)
         cancel = operation is GpaOperation.CANCEL
         return MemoryRecord(
             self.ram.offset(int(pages[0])), self.ram.name, bundle, cancel, same_block=named

@@ -10,14 +10,16 @@ from __future__ import annotations
 import enum
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from time import monotonic, sleep
 from typing import Any, ClassVar, Final, TypeAlias, TypeVar
 
 from tdxmig_model.enforcer import Enforcer
-from tdxmig_model.engine.commands import Backend, Command, Result, Send, VpEnter
+from tdxmig_model.engine.commands import Backend, Command, Gpas, Result, Send, VpEnter
+from tdxmig_model.engine.precopy import Iteration, WhenNotConverging
 from tdxmig_model.engine.steps import drive
-from tdxmig_model.errors import BackendError, PeerError, PeerLost, TdxmigError
+from tdxmig_model.errors import BackendError, PeerError, PeerLost, TdxmigError, UsageError
 from tdxmig_model.machine import LifecycleMachine
 from tdxmig_model.trace import TraceWriter
 from tdxmig_model.transport.base import Readable, Transport
@@ -30,12 +32,17 @@ RUNNABLE_STATES: Final = frozenset({"RUNNABLE", "LIVE_EXPORT", "LIVE_IMPORT"})
 
 RECEIVE_SIZE: Final = 1 << 20
 _POLL_SECONDS: Final = 0.05
+_LOOK_SECONDS: Final = 0.001
 
 DECISION_TIMEOUTS: Final = 2
 """Peer timeouts that a source waits for the decision about its start token.
 
 The destination gives up after one, and its abort token then has another to arrive.
 """
+
+
+USUAL_EPOCHS: Final = 8
+"""Epochs while the guest runs, unless somebody chooses."""
 
 
 class Activity(enum.Enum):
@@ -56,6 +63,10 @@ class PeerGaveUp(PeerError):
     """The peer says that it failed or stopped; the trouble is told by its side."""
 
 
+class NotConverging(TdxmigError):
+    """The guest writes faster than pages are sent, and the options say to give up then."""
+
+
 class Ending(enum.StrEnum):
     """How a session ended on one side."""
 
@@ -74,17 +85,32 @@ class SessionOptions:
     """Choices of whoever runs a session; none of them changes what is allowed.
 
     `batch` is pages per memory bundle, 1 to 512.  `guest_budget` is guest instructions that each
-    vCPU runs while 512 pages are exported.  The pre-copy ends when at most `converged_pages` are
-    dirty or after `max_epochs` epochs.  `peer_timeout` is seconds that the peer may take to begin
-    a record, and again to complete it; see also `DECISION_TIMEOUTS`.
+    vCPU runs while 512 pages are exported.  The pre-copy converges when at most `converged_pages`
+    are dirty, or when those that are can be sent within `downtime_limit` seconds; otherwise it ends
+    after `max_epochs` epochs, and `not_converging` says how (0 epochs: at once, which needs
+    post-copy).  `bandwidth_limit` is bytes per second while the guest runs.  `peer_timeout` is
+    seconds that the peer may take to begin a record, and again to complete it; see also
+    `DECISION_TIMEOUTS`.
     """
 
     profile: str = "hardened"
     batch: int = MAX_ENTRIES
     guest_budget: int = 128
     converged_pages: int = 64
-    max_epochs: int = 8
+    max_epochs: int = USUAL_EPOCHS
+    downtime_limit: float | None = None
+    bandwidth_limit: float | None = None
+    not_converging: WhenNotConverging = WhenNotConverging.PAUSE
     peer_timeout: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.bandwidth_limit is not None and not self.bandwidth_limit > 0:
+            raise UsageError(
+                f"a bandwidth limit is a positive number of bytes, not {self.bandwidth_limit}"
+            )
+        at_once = self.max_epochs == 0
+        if at_once and self.not_converging is not WhenNotConverging.POST_COPY:
+            raise UsageError("without an epoch all memory follows the start: choose post-copy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +139,12 @@ class SideOutcome:
     epochs: int = 0
     bundles: int = 0
     pages_moved: int = 0
+    iterations: list[Iteration] = field(default_factory=list)
+    """The epochs with memory, one by one (source)."""
+    pages_after_start: int = 0
+    """Of `pages_moved`, those that followed the start token."""
+    pages_requested: int = 0
+    """Of those, the ones that the guest at the destination waited for."""
     abort_token: bytes | None = None
     bytes: int = 0
     started_at: float | None = None
@@ -148,9 +180,19 @@ class Hooks:
     def exported(self) -> None:
         """The start token has left; memory and vCPUs of the source are as they were at pause."""
 
+    def committing(self) -> None:
+        """The destination is about to run the guest before all memory is there."""
+
+    def arrived(self, gpas: Gpas) -> None:
+        """Pages that came after that, and that the guest has not seen yet."""
+
 
 class Side(ABC):
-    """One side of a migration session; see `SourceSession` and `DestinationSession`."""
+    """One side of a migration session; see `SourceSession` and `DestinationSession`.
+
+    `transport` is channel 0, the only one with a return path; `more_channels` have memory records
+    of the further forward streams.
+    """
 
     side: ClassVar[str]
 
@@ -163,12 +205,14 @@ class Side(ABC):
         pages: int,
         vcpus: int,
         streams: int = 1,
+        more_channels: Sequence[Transport] = (),
         options: SessionOptions | None = None,
         hooks: Hooks | None = None,
         clock: Callable[[], float] = monotonic,
     ) -> None:
         self.backend = backend
         self.transport = transport
+        self._more_channels = more_channels
         self.trace = trace
         self.pages, self.vcpus, self.streams = pages, vcpus, streams
         self.options = options or SessionOptions()
@@ -192,7 +236,9 @@ class Side(ABC):
         self._performed: object = None
         self._giving_up = False
         self._peer_lost = False
-        self._cannot_send = False
+        self._cut_short: set[int] = set()
+        """Channels on which a record was not sent whole, by number."""
+        self._no_way_back = False
         self._cannot_read = False
         trace.flush()  # a side that dies early has still said what it began from
 
@@ -206,13 +252,25 @@ class Side(ABC):
         return self.outcome
 
     def _wait(self) -> None:
+        """Until something arrives on one of the channels that are read, or for a moment."""
+        awaited = [] if self._cannot_read else self._awaited()
         try:
-            if not self._cannot_read:
-                self.transport.poll(_POLL_SECONDS)
+            if len(awaited) == 1:
+                awaited[0].poll(_POLL_SECONDS)
                 return
+            end = monotonic() + _POLL_SECONDS
+            while awaited and monotonic() < end:
+                if any(channel.poll(0.0) for channel in awaited):
+                    return
+                sleep(_LOOK_SECONDS)
         except PeerLost:
             pass  # told by the next read, with all that arrived before
-        sleep(_POLL_SECONDS)
+        if not awaited:
+            sleep(_POLL_SECONDS)
+
+    def _awaited(self) -> list[Transport]:
+        """The channels on which something may arrive that this side would take now."""
+        return [self.transport]
 
     def steps(self) -> Steps[None]:
         """The whole session as activities; `outcome` is complete when it is exhausted."""
@@ -229,12 +287,15 @@ class Side(ABC):
                 self._peer_lost = isinstance(cause, PeerLost)
                 yield from self._give_up(cause)
             self._giving_up = True  # nothing is left that a stop could prevent
-            self._fire("cleanup")
+            self._clean_up()
             yield from self._linger()
         except TdxmigError as error:
             self._note_failure(error)
         finally:
             self._finish()
+
+    def _clean_up(self) -> None:
+        self._fire("cleanup")
 
     @abstractmethod
     def _migrate(self) -> Steps[None]:
@@ -263,17 +324,26 @@ class Side(ABC):
         try:
             self.outcome.op_state = self.op_state
             self.outcome.runnable = self.runnable
-            self.outcome.bytes = max(self.transport.bytes_sent, self.transport.bytes_received)
+            sent = sum(channel.bytes_sent for channel in self.channels)
+            received = sum(channel.bytes_received for channel in self.channels)
+            self.outcome.bytes = sent if self.side == "source" else received
             self.trace.note(self.outcome.sentence, op_state=self.outcome.op_state)
             self.trace.flush()
             if self.trace.failure is not None and not self.outcome.cause:
                 self.outcome.cause = self.trace.failure
         finally:
-            self.transport.close()
+            with ExitStack() as closing:  # each of them, whatever becomes of the others
+                for channel in self.channels:
+                    closing.callback(channel.close)
 
     def _linger(self) -> Steps[None]:
         """Stay reachable for what the peer may still want to read."""
         yield from ()
+
+    @property
+    def channels(self) -> list[Transport]:
+        """All channels by number."""
+        return [self.transport, *self._more_channels]
 
     @property
     def op_state(self) -> str:
@@ -308,30 +378,33 @@ class Side(ABC):
     def _flush_outbox(self) -> None:
         """Send what the event made; a side that gives up does so whether or not anybody listens.
 
-        After a record that was not sent whole nothing is sent, because it would land inside it.
+        After a record that was not sent whole nothing is sent on its channel, because it would land
+        inside it.
         """
         if not self._outbox:
             return
         self.trace.flush()
-        if self._cannot_send:
+        records, self._outbox[:] = self._outbox[:], []
+        for send in records:
+            self._send(send)
+
+    def _send(self, send: Send) -> None:
+        number = send.stream % len(self.channels)
+        if number in self._cut_short:
             self.trace.note("not sent: the record before was not sent whole")
-            self._outbox.clear()
             return
         timeout = 0.0 if self._peer_lost else self.options.peer_timeout
         try:
-            for send in self._outbox:
-                self.transport.send(self._encode(send), timeout)
+            self.channels[number].send(self._encode(send), timeout)
         except PeerLost as error:
-            self._cannot_send = True
+            self._cut_short.add(number)
             if not self._giving_up:
                 raise
             self.trace.note(f"not sent: {error}")
-        finally:
-            self._outbox.clear()
 
     def _check_stop(self, event: str | None) -> None:
         reason = self.hooks.stop_requested(event)
-        if self._giving_up:
+        if self._giving_up or self._no_way_back:
             return
         if reason is not None:
             raise Stopped(reason)
@@ -371,10 +444,12 @@ class Side(ABC):
             if result.exit.reason != "ept_violation":
                 break
             assert result.exit.gpa is not None
-            self._on_ept_violation(vcpu, result.exit.gpa)
+            if not self._on_ept_violation(vcpu, result.exit.gpa):
+                break
         return budget - left
 
-    def _on_ept_violation(self, vcpu: int, gpa: int) -> None:
+    def _on_ept_violation(self, vcpu: int, gpa: int) -> bool:
+        """Deal with it; whether the vCPU can go on."""
         raise BackendError(
             "vp_enter",
             0,
@@ -393,6 +468,6 @@ class Side(ABC):
                 self.outcome.pages_moved,
                 self.pages,
                 dirty,
-                self.transport.bytes_sent + self.transport.bytes_received,
+                sum(one.bytes_sent + one.bytes_received for one in self.channels),
             )
         )

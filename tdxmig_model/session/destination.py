@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import ClassVar, Final
 
-from tdxmig_model.engine import DestinationEngine
+from tdxmig_model.engine import DestinationEngine, ImportOutcome, drive
 from tdxmig_model.engine.commands import Backend, Send
 from tdxmig_model.errors import PeerError, PeerLost, TdxmigError, UsageError
+from tdxmig_model.session.channels import Inlets
 from tdxmig_model.session.common import (
     RECEIVE_SIZE,
     Activity,
@@ -22,12 +22,14 @@ from tdxmig_model.session.common import (
 )
 from tdxmig_model.trace import TraceWriter
 from tdxmig_model.transport.base import Readable, Transport
+from tdxmig_model.wire.constants import PAGE_SIZE
 from tdxmig_model.wire.extensions import (
     AbortToken,
     Committed,
     Failed,
     Hello,
     InOrderDone,
+    PageRequest,
     SessionStarted,
     encode_return,
 )
@@ -37,7 +39,6 @@ from tdxmig_model.wire.records import (
     EpochRecord,
     MemoryRecord,
     Record,
-    RecordParser,
     StartSection,
 )
 
@@ -56,7 +57,9 @@ _PHASES: Final = {
     "import_start_token": "commit",
 }
 _WITH_BUNDLE: Final = (StartSection, EpochRecord, MemoryRecord, Bundle)
-_RETURN_MESSAGES: Final = (AbortToken, Committed, Failed, Hello, InOrderDone, SessionStarted)
+_RETURN_MESSAGES: Final = (
+    *(AbortToken, Committed, Failed, Hello, InOrderDone, PageRequest, SessionStarted),
+)
 
 LINGER_SECONDS: Final = 3.0
 """How long a destination stays reachable at its end, so that the source can read how it ended."""
@@ -79,6 +82,7 @@ class DestinationSession(Side):
         pages: int,
         vcpus: int,
         streams: int = 1,
+        more_channels: Sequence[Transport] = (),
         options: SessionOptions | None = None,
         hooks: Hooks | None = None,
         clock: Callable[[], float] = monotonic,
@@ -90,13 +94,15 @@ class DestinationSession(Side):
             pages=pages,
             vcpus=vcpus,
             streams=streams,
+            more_channels=more_channels,
             options=options,
             hooks=hooks,
             clock=clock,
         )
         self.engine = DestinationEngine(pages=pages, vcpus=vcpus, streams=streams)
-        self._forward_path = RecordParser()
-        self._records: deque[Record] = deque()
+        self._inlets = Inlets(self.channels, self.engine.ready)
+        self._stalled: dict[int, int] = {}
+        """vCPUs that wait for a page in post-copy, and the GPA of it."""
 
     @property
     def _engine(self) -> object:
@@ -110,6 +116,7 @@ class DestinationSession(Side):
             self._import((yield from self._receive()))
             yield Activity.MOVED
         self.outcome.runnable_at = self.clock()
+        yield from self._run_post_copy()
         self.outcome.ending = Ending.MIGRATED
         self.outcome.sentence = "The destination has the TD and may run it."
 
@@ -138,10 +145,59 @@ class DestinationSession(Side):
             params["vcpu"] = mbmd.vp_index
         self.machine.deliver(_KINDS[event], mbmd.mig_epoch)
         whole = isinstance(record, MemoryRecord)  # its offset is compared with its GPAs
-        self._fire(event, {"record": record} if whole else {"bundle": bundle}, **params)
+        after = self._fire(event, {"record": record} if whole else {"bundle": bundle}, **params)
         self._account(event, mbmd)
         if event == "import_start_token":
+            self._take_over()
+        if event == "import_memory" and self.runnable:
+            self._note_arrival(after)
+
+    # --- post-copy -------------------------------------------------------------------------------
+
+    def _take_over(self) -> None:
+        """End the session, or, if memory is to follow, begin to run the TD without it."""
+        if self.engine.memory_complete:
             self._fire("end")
+            return
+        self.hooks.committing()
+        self._fire("commit")
+        self._no_way_back = True  # a stop would leave a guest without the rest of its memory
+
+    def _note_arrival(self, outcome: ImportOutcome) -> None:
+        self.hooks.arrived(outcome.imported)
+        self.outcome.pages_after_start += outcome.imported.size
+        here = set(outcome.imported.tolist())
+        self._stalled = {vcpu: gpa for vcpu, gpa in self._stalled.items() if gpa not in here}
+
+    def _run_post_copy(self) -> Steps[None]:
+        """Run the guest, ask for the pages that it waits for, and end when all are here."""
+        if self.engine.memory_complete:
+            return
+        while not self.engine.memory_complete:
+            self._run_what_can_run()
+            self._import((yield from self._receive()))
+            self._enter("post-copy")
+            yield Activity.MOVED
+        self._fire("end")
+
+    def _run_what_can_run(self) -> None:
+        before = set(self._stalled.values())
+        for vcpu in range(self.vcpus):
+            if vcpu not in self._stalled:
+                self._run_vcpu(vcpu, self.options.guest_budget)
+        wanted = set(self._stalled.values()) - before
+        if wanted:
+            request = self.engine.request_pages(tuple(sorted(wanted)))
+            drive(request, self._execute, self._outbox.append)
+            self.outcome.pages_requested += len(wanted)
+            self._flush_outbox()
+
+    def _on_ept_violation(self, vcpu: int, gpa: int) -> bool:
+        """In post-copy: the page is not here yet, and the vCPU waits for it."""
+        if self.engine.memory_complete:
+            return super()._on_ept_violation(vcpu, gpa)
+        self._stalled[vcpu] = gpa & ~(PAGE_SIZE - 1)
+        return False
 
     def _account(self, event: str, mbmd: Mbmd) -> None:
         self.outcome.bundles += 1
@@ -149,7 +205,10 @@ class DestinationSession(Side):
             self.outcome.epochs = mbmd.mig_epoch
         if event == "import_memory":
             self.outcome.pages_moved += mbmd.num_gpas
-        self._progress(_PHASES.get(event, "pre-copy"), epoch=self.outcome.epochs)
+        self._enter(_PHASES.get(event, "pre-copy"))
+
+    def _enter(self, phase: str) -> None:
+        self._progress(phase, epoch=self.outcome.epochs)
 
     # --- both paths ------------------------------------------------------------------------------
 
@@ -157,34 +216,33 @@ class DestinationSession(Side):
         """The next record.  PeerLost if the source takes `peer_timeout` seconds to begin it, or as
         long to complete it: single bytes now and then are no sign of life."""
         end = self.clock() + self.options.peer_timeout
-        begun = not self._forward_path.at_boundary
-        while not self._records:
+        begun = not self._inlets.at_boundary
+        while (record := self._inlets.take()) is None:
             self._check_stop(None)
-            if not self.transport.poll(0.0):
+            if not self._inlets.read():
+                lost = self._inlets.lost()
+                if lost is not None:
+                    raise lost
                 if self.clock() >= end:
                     raise self._too_slow(begun)
                 yield Activity.WAITING
                 continue
-            self._records.extend(self._forward_path.records(self._next_bytes()))
             if not begun:
                 begun, end = True, self.clock() + self.options.peer_timeout
-        return self._records.popleft()
+        return record
+
+    def _awaited(self) -> list[Transport]:
+        return self._inlets.awaited
 
     def _too_slow(self, begun: bool) -> PeerLost:
         peer, limit = self.transport.peer, f"{self.options.peer_timeout:g} s"
+        waiting = self._inlets.held_back()
+        if waiting is not None:
+            return PeerLost(f"{peer}: {self.engine.missing(waiting)}, and no more within {limit}")
         if not begun:
             return PeerLost(f"{peer} sent nothing for {limit}")
-        at = self._forward_path.offset
+        at = self._inlets.unfinished
         return PeerLost(f"{peer} did not complete the record at byte {at} within {limit}")
-
-    def _next_bytes(self) -> bytes:
-        try:
-            return self.transport.recv(RECEIVE_SIZE)
-        except PeerLost as error:
-            if self._forward_path.at_boundary:
-                raise
-            at = self._forward_path.offset
-            raise PeerLost(f"{error}; the stream ends inside the record at byte {at}") from error
 
     def _encode(self, send: Send) -> Sequence[Readable]:
         if not isinstance(send.record, _RETURN_MESSAGES):
@@ -195,6 +253,14 @@ class DestinationSession(Side):
 
     def _give_up(self, cause: TdxmigError) -> Steps[None]:
         yield from ()
+        if self.runnable and not self.engine.memory_complete:
+            self.outcome.ending = Ending.MIGRATED
+            missing = self.engine.announced.page_count - self.engine.pages_imported
+            self.outcome.sentence = (
+                f"The destination has the TD and runs it, but {missing} of its pages never "
+                "arrived: a vCPU that touches one of them waits for ever."
+            )
+            return
         if self.runnable:
             self.outcome.runnable_at = self.clock()
             self.outcome.ending = Ending.MIGRATED
@@ -210,6 +276,14 @@ class DestinationSession(Side):
             else "The destination gave the import up for ever and made the abort token that lets "
             "the source go on."
         )
+
+    def _clean_up(self) -> None:
+        """A TD that runs with pages missing has no end of its session: only we forget it."""
+        if "cleanup" in self.machine.legal():
+            super()._clean_up()
+            return
+        self.trace.note("the session has no end: memory is missing")
+        drive(self.engine.cleanup(), self._execute, self._outbox.append)
 
     def _linger(self) -> Steps[None]:
         """Closing with unread bytes would destroy what the source has not read yet."""

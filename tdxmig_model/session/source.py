@@ -9,7 +9,15 @@ from dataclasses import replace
 from time import monotonic
 from typing import ClassVar, Final
 
-from tdxmig_model.engine import Decision, ExportOutcome, PreCopy, PreCopyLimits, SourceEngine, drive
+from tdxmig_model.engine import (
+    Decision,
+    ExportOutcome,
+    PreCopy,
+    PreCopyLimits,
+    SourceEngine,
+    WhenNotConverging,
+    drive,
+)
 from tdxmig_model.engine.commands import Backend, Command, Gpas, Result, Send
 from tdxmig_model.errors import BackendError, PeerError, PeerLost, TdxmigError, UsageError
 from tdxmig_model.session.common import (
@@ -18,6 +26,7 @@ from tdxmig_model.session.common import (
     Activity,
     Ending,
     Hooks,
+    NotConverging,
     PeerGaveUp,
     SessionOptions,
     Side,
@@ -32,6 +41,7 @@ from tdxmig_model.wire.extensions import (
     Committed,
     Failed,
     InOrderDone,
+    PageRequest,
     ReturnMessage,
     ReturnPathParser,
     SessionStarted,
@@ -40,7 +50,7 @@ from tdxmig_model.wire.extensions import (
 from tdxmig_model.wire.mbmd import Mbmd
 from tdxmig_model.wire.records import encode
 
-_RETURN_ONLY: Final = (AbortToken, Committed, Failed, InOrderDone, SessionStarted)
+_RETURN_ONLY: Final = (AbortToken, Committed, Failed, InOrderDone, PageRequest, SessionStarted)
 
 
 class SourceSession(Side):
@@ -60,6 +70,7 @@ class SourceSession(Side):
         gpas: Gpas,
         vcpus: int,
         streams: int = 1,
+        more_channels: Sequence[Transport] = (),
         session_id: bytes | None = None,
         options: SessionOptions | None = None,
         hooks: Hooks | None = None,
@@ -72,6 +83,7 @@ class SourceSession(Side):
             pages=len(gpas),
             vcpus=vcpus,
             streams=streams,
+            more_channels=more_channels,
             options=options,
             hooks=hooks,
             clock=clock,
@@ -82,10 +94,14 @@ class SourceSession(Side):
             gpas,
             PreCopyLimits(
                 batch=self.options.batch,
-                epochs=self.options.max_epochs,
+                epochs=max(1, self.options.max_epochs),
                 remaining=self.options.converged_pages,
+                downtime=self.options.downtime_limit,
             ),
         )
+        self.outcome.iterations = self.precopy.iterations
+        self._batches = 0
+        self._bytes_out = 0
         self._return_path = ReturnPathParser()
         self._messages: deque[ReturnMessage] = deque()
         self._decision_end: float | None = None
@@ -102,12 +118,12 @@ class SourceSession(Side):
         self._fire("export_immutable")
         yield Activity.MOVED
         yield from self._await_confirmation()
-        yield from self._export_live()
+        decision = yield from self._export_live()
         self._enter("pause")
         pausing = self.clock()
         self._fire("pause")
         self.outcome.paused_at = pausing
-        yield from self._export_rest()
+        yield from self._export_paused(decision)
         self._enter("state")
         self._fire("export_td_state")
         for vcpu in range(self.vcpus):
@@ -116,6 +132,7 @@ class SourceSession(Side):
         yield from self._await_in_order()
         self._check_peer()
         self._fire("finish_epochs")
+        yield from self._export_after_start()
         self.hooks.exported()
         self._enter("commit")
         yield from self._await_commit()
@@ -129,29 +146,93 @@ class SourceSession(Side):
         batch = min(self.options.batch, self.engine.max_batch)
         self.precopy.limits = replace(self.precopy.limits, batch=batch)
 
-    def _export_live(self) -> Steps[None]:
+    def _export_live(self) -> Steps[Decision]:
         """Epochs while the guest runs, until few enough pages are left."""
-        while True:
+        decision = Decision.NEXT_EPOCH if self.options.max_epochs else Decision.EPOCH_LIMIT
+        while decision is Decision.NEXT_EPOCH:
             yield from self._export_epoch("pre-copy", live=True)
             decision = self.precopy.decide()
-            if decision is not Decision.NEXT_EPOCH:
-                self.trace.note(f"pre-copy ends: {decision}", left=self.precopy.later)
-                return
+        self.trace.note(f"pre-copy ends: {decision}", left=self.precopy.later)
+        gives_up = self.options.not_converging is WhenNotConverging.ABORT
+        if decision is Decision.EPOCH_LIMIT and gives_up:
+            raise NotConverging(
+                f"the pre-copy did not converge: {self.precopy.later} pages are left after "
+                f"{self.precopy.epoch} epochs"
+            )
+        return decision
+
+    def _export_paused(self, decision: Decision) -> Steps[None]:
+        """What has to arrive before the start token."""
+        post_copy = self.options.not_converging is WhenNotConverging.POST_COPY
+        agreed = Capability.POST_COPY in self.engine.agreed
+        if decision is Decision.EPOCH_LIMIT and post_copy and agreed:
+            yield from self._cancel_stale()
+        else:
+            yield from self._export_rest()
+        if len(self.channels) > 1:
+            # The TD state counts no bundles as a token does: no page may be on its way behind it.
+            self._start_epoch()
+
+    def _cancel_stale(self) -> Steps[None]:
+        """Let the destination drop what it has in an old version; it comes after the start token.
+
+        An epoch of its own, because no page is cancelled in the epoch in which it was exported.
+        """
+        self._start_epoch()
+        self._enter("cancel")
+        waiting = self.precopy.waiting()
+        stale = waiting[self.engine.was_exported(waiting)]
+        size = self.precopy.limits.batch
+        can_cancel = Capability.CANCEL in self.engine.agreed
+        for at in range(0, stale.size, size):
+            self._check_peer()
+            batch = stale[at : at + size]
+            if can_cancel:
+                outcome = self._fire("cancel_page", self._on_a_stream(batch))
+                batch = outcome.unsent
+            if batch.size:
+                self._export_stale(batch)
+            yield Activity.MOVED
+
+    def _export_stale(self, batch: Gpas) -> None:
+        """What cannot be cancelled has to be sent again before the start token."""
+        self._export_batch(self.precopy.withdraw(batch))
+
+    def _export_after_start(self) -> Steps[None]:
+        """Post-copy: what is left, and first what the guest at the destination waits for.
+
+        Nothing stops this but the destination: it may run the guest already, which needs the rest.
+        """
+        self._no_way_back = not self.precopy.done
+        before = self.precopy.exports
+        round_began = -1
+        while not self.precopy.done:
+            if not self.precopy.remaining:  # some pages refused export and are tried again
+                if self.precopy.exports == round_began:
+                    raise _no_progress(self.precopy.later)
+                round_began = self.precopy.exports
+                self.precopy.hand_over()
+            batch = self.precopy.next_batch()
+            assert batch is not None
+            self._export_batch(batch)
+            self.outcome.pages_after_start = self.precopy.exports - before
+            self._enter("post-copy")
+            yield Activity.MOVED
+            self._check_peer()
+        self._no_way_back = False
 
     def _export_rest(self) -> Steps[None]:
         """The last epoch, paused: an epoch of its own even if nothing is left to send."""
         yield from self._export_epoch("last epoch", live=False)
         while not self.precopy.done:
             if self.precopy.stalled:
-                raise BackendError(
-                    "export_mem", 0, "NO_PROGRESS", f"{self.precopy.later} pages refuse export"
-                )
+                raise _no_progress(self.precopy.later)
             yield from self._export_epoch("last epoch", live=False)
 
     def _export_epoch(self, phase: str, *, live: bool) -> Steps[None]:
+        began, before = self.clock(), self._bytes_out
         self.precopy.next_epoch()
-        self._fire("start_epoch")
-        self.outcome.epochs = self.precopy.epoch
+        self._start_epoch()
         self._enter(phase)
         while (batch := self.precopy.next_batch()) is not None:
             self._check_peer()
@@ -160,21 +241,46 @@ class SourceSession(Side):
                 self.run_guest(self._slice(batch))
             self._enter(phase)
             yield Activity.MOVED
+            if live:
+                yield from self._pace(began, before)
+        self.precopy.end_epoch(self.clock() - began, self._bytes_out - before, live=live)
+
+    def _start_epoch(self) -> None:
+        self._fire("start_epoch")
+        self.outcome.epochs += 1
+
+    def _pace(self, began: float, before: int) -> Steps[None]:
+        """Keep to the bandwidth limit since `began`, when `before` bytes had been sent.
+
+        The guest does not run meanwhile: its time is counted in pages (`guest_budget`).
+        """
+        limit = self.options.bandwidth_limit
+        while limit is not None and self._bytes_out - before > limit * (self.clock() - began):
+            self._check_stop(None)
+            self._check_peer()
+            yield Activity.WAITING
 
     def _slice(self, batch: Gpas) -> int:
         """Guest instructions of each vCPU for this batch, at least one."""
         return -(-self.options.guest_budget * batch.size // MAX_ENTRIES)
 
     def _export_batch(self, batch: Gpas) -> None:
-        outcome: ExportOutcome = self._fire("export_memory", {"gpas": batch})
+        outcome: ExportOutcome = self._fire("export_memory", self._on_a_stream(batch))
         self.precopy.sent(batch, outcome.unsent)
         self.outcome.pages_moved = self.precopy.exports
 
-    def _on_ept_violation(self, vcpu: int, gpa: int) -> None:
+    def _on_a_stream(self, batch: Gpas) -> dict[str, object]:
+        """Bundles go to the forward streams in turn."""
+        stream = self._batches % self.streams
+        self._batches += 1
+        return {"gpas": batch, "stream": stream}
+
+    def _on_ept_violation(self, vcpu: int, gpa: int) -> bool:
         """The guest wrote a write-blocked page: let it, and send the page again later."""
         page = gpa & ~(PAGE_SIZE - 1)
         drive(self.engine.unblock_page(page), self._execute, self._outbox.append)
         self.precopy.dirty(page)
+        return True
 
     def _execute(self, command: Command) -> Result:
         result = super()._execute(command)
@@ -243,6 +349,9 @@ class SourceSession(Side):
     def _take(self, message: ReturnMessage) -> None:
         """Act on a message; PeerError for what ends the session."""
         event = self.engine.receive(message)
+        while self.engine.requested:
+            asked = self.precopy.requested(self.engine.requested.pop())
+            self.outcome.pages_requested += asked
         if event == "confirm_import":
             self.machine.assume(confirmation=True)
             self._fire(event)
@@ -256,7 +365,9 @@ class SourceSession(Side):
     def _encode(self, send: Send) -> Sequence[Readable]:
         if isinstance(send.record, _RETURN_ONLY):
             raise UsageError(f"the source sends no {type(send.record).__name__}")
-        return encode(send.record)
+        buffers = encode(send.record)
+        self._bytes_out += sum(len(buffer) for buffer in buffers)
+        return buffers
 
     # --- the ways back ---------------------------------------------------------------------------
 
@@ -390,3 +501,7 @@ class SourceSession(Side):
             epoch=self.precopy.epoch,
             dirty=self.precopy.remaining + self.precopy.later,
         )
+
+
+def _no_progress(pages: int) -> BackendError:
+    return BackendError("export_mem", 0, "NO_PROGRESS", f"{pages} pages refuse export")

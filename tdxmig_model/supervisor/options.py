@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+from tdxmig_model.engine import WhenNotConverging
 from tdxmig_model.errors import UsageError
 from tdxmig_model.names import NAMES, Kind
-from tdxmig_model.session import DECISION_TIMEOUTS
+from tdxmig_model.session import DECISION_TIMEOUTS, USUAL_EPOCHS, SessionOptions
 from tdxmig_model.transport import Faults
-from tdxmig_model.wire.constants import MAX_ENTRIES, PAGE_SIZE
+from tdxmig_model.wire.constants import MAX_ENTRIES, MAX_FORWARD_STREAMS, PAGE_SIZE
 from tdxmig_model.wire.extensions import MAX_VCPUS
 
 SIDES: Final = ("source", "destination")
@@ -19,6 +20,9 @@ LEAST_DEADLINE: Final = 300.0
 """Seconds that a run may take whatever its memory."""
 SLOWEST: Final = 1 << 20
 """Bytes of memory for which it may take one second more."""
+
+MAX_WORKERS: Final = 16
+"""Processes of one side that encrypt and decrypt."""
 
 LEAST_BUILD: Final = 30.0
 """Seconds that a side may take to build its TD whatever its memory."""
@@ -80,6 +84,11 @@ class Injected:
 class RunOptions:
     """Arguments of a run.  `memory` is bytes of private memory.
 
+    `streams` forward streams have a connection each; `workers` processes on each side encrypt and
+    decrypt.  `max_epochs`, `downtime_limit` (milliseconds), `bandwidth_limit` (bytes per second)
+    and `not_converging` bound the pre-copy, see `SessionOptions`; `post_copy` stands for one epoch
+    and then post-copy, unless they say otherwise.
+
     `deadline` is seconds for everything; without one the time grows with memory (see `seconds`).
     `stop_at` asks for a stop just before that event would fire.  Traces are kept in `trace_dir`;
     without one they are removed after they have been judged.
@@ -88,11 +97,18 @@ class RunOptions:
 
     memory: int = 64 << 20
     vcpus: int = 2
+    streams: int = 1
+    workers: int = 0
     batch: int = MAX_ENTRIES
     profile: str = "hardened"
     guest: str = "hot-set"
     seed: int = 0
     transport: str = "unix"
+    post_copy: bool = False
+    max_epochs: int | None = None
+    downtime_limit: float | None = None
+    bandwidth_limit: float | None = None
+    not_converging: str = "pause"
     stop_at: At | None = None
     trace_dir: Path | None = None
     capture: Path | None = None
@@ -108,6 +124,22 @@ class RunOptions:
             raise UsageError(f"batch of {self.batch} pages: it is 1 to {MAX_ENTRIES}")
         if not 1 <= self.vcpus <= MAX_VCPUS:
             raise UsageError(f"{self.vcpus} vCPUs: a TD has 1 to {MAX_VCPUS}")
+        if not 1 <= self.streams <= MAX_FORWARD_STREAMS:
+            raise UsageError(f"{self.streams} streams: there are 1 to {MAX_FORWARD_STREAMS}")
+        if not 0 <= self.workers <= MAX_WORKERS:
+            raise UsageError(f"{self.workers} workers: there are 0 to {MAX_WORKERS}")
+        if self.max_epochs is not None and self.max_epochs < 0:
+            raise UsageError(f"{self.max_epochs} epochs: there are 0 or more")
+        if self.not_converging not in tuple(WhenNotConverging):
+            known = " or ".join(WhenNotConverging)
+            raise UsageError(f"not converging {self.not_converging!r}: it is {known}")
+        if self.post_copy and self.not_converging == WhenNotConverging.ABORT:
+            raise UsageError("post-copy, or an abort when the pre-copy does not converge: not both")
+        for name in ("downtime_limit", "bandwidth_limit"):
+            value, shown = getattr(self, name), name.replace("_", " ")
+            if value is not None and not 0 < value < float("inf"):
+                raise UsageError(f"{shown} of {value:g}: it is positive and finite")
+        self.session_options()  # refuses what does not go together
         if self.seed < 0:
             raise UsageError(f"seed {self.seed}: it is 0 or more")
         if not 0 < self.peer_timeout < float("inf"):
@@ -116,19 +148,50 @@ class RunOptions:
             raise UsageError(f"deadline of {self.deadline:g} s: it is positive and finite")
         if self.transport not in TRANSPORTS:
             raise UsageError(f"transport {self.transport!r}: it is {' or '.join(TRANSPORTS)}")
-        if self.transport == "file" and (self.capture or self.injected.stream):
+        if self.transport == "file":
+            self._check_file()
+
+    def _check_file(self) -> None:
+        if self.capture or self.injected.stream:
             # The session has to know that nobody answers, which a transport around it would hide.
             raise UsageError("a stream that goes through a file is neither captured nor damaged")
+        if self.streams > 1:
+            raise UsageError(f"{self.streams} streams: a file holds one stream")
+        if self.may_post_copy:
+            raise UsageError("post-copy through a file: nobody could ask for a page")
 
     def _check_numbers(self) -> None:
-        for name in ("memory", "vcpus", "batch", "seed"):
+        for name in ("memory", "vcpus", "streams", "workers", "batch", "seed", "max_epochs"):
             value = getattr(self, name)
+            if name == "max_epochs" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise UsageError(f"{name} {value!r}: it is a whole number")
-        for name in ("peer_timeout", "deadline"):
+        for name in ("peer_timeout", "deadline", "downtime_limit", "bandwidth_limit"):
             value = getattr(self, name)
             if not isinstance(value, int | float | None) or isinstance(value, bool):
-                raise UsageError(f"{name} {value!r}: it is a number of seconds")
+                unit = "" if name == "bandwidth_limit" else " of seconds"
+                raise UsageError(f"{name} {value!r}: it is a number{unit}")
+
+    @property
+    def may_post_copy(self) -> bool:
+        """Whether the TD may run at the destination before all memory is there."""
+        return self.post_copy or self.not_converging == WhenNotConverging.POST_COPY
+
+    def session_options(self) -> SessionOptions:
+        """What a side's session is told."""
+        usual = 1 if self.post_copy else USUAL_EPOCHS
+        return SessionOptions(
+            profile=self.profile,
+            batch=self.batch,
+            peer_timeout=self.peer_timeout,
+            max_epochs=usual if self.max_epochs is None else self.max_epochs,
+            downtime_limit=None if self.downtime_limit is None else self.downtime_limit / 1000,
+            bandwidth_limit=self.bandwidth_limit,
+            not_converging=WhenNotConverging.POST_COPY
+            if self.post_copy
+            else WhenNotConverging(self.not_converging),
+        )
 
     @property
     def seconds(self) -> float:

@@ -134,7 +134,7 @@ def _start(
         target=child_main,
         args=(PROGRAMS[side], theirs, options, place),
         name=f"tdxmig-{side}",
-        daemon=True,
+        daemon=not options.workers,  # a daemon may have no processes of its own
     )
     # A process inherits what is blocked: a signal while it still imports must not kill it.  The
     # tracker is started in a block of its own, because starting it unblocks some signals again.

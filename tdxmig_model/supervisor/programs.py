@@ -9,21 +9,25 @@ from typing import Any, Final
 
 from tdxmig_model.backend.soft.backend import SoftBackend, soft_destination, soft_source
 from tdxmig_model.backend.soft.module import PROFILES, Profile
-from tdxmig_model.engine.commands import Command, ExportAbort, VpEnter
+from tdxmig_model.engine.commands import Command, ExportAbort, Gpas, VpEnter
 from tdxmig_model.errors import PeerError, PeerLost, Refused, TdxmigError, UsageError
 from tdxmig_model.premigration import MigrationKey, Role, Versions, exchange
 from tdxmig_model.session import (
     RUNNABLE_STATES,
     DestinationSession,
     Ending,
-    SessionOptions,
     Side,
     SideOutcome,
     SourceSession,
     StoredDestinationSession,
     StoredSourceSession,
 )
-from tdxmig_model.supervisor.accept import Listening, accept_stream, readable
+from tdxmig_model.supervisor.channels import (
+    Listening,
+    accept_channels,
+    connect_channels,
+    readable,
+)
 from tdxmig_model.supervisor.child import (
     TLS_NAME,
     Addresses,
@@ -35,6 +39,7 @@ from tdxmig_model.supervisor.child import (
     Probe,
     SideReport,
 )
+from tdxmig_model.supervisor.digests import Digests, PageDigests
 from tdxmig_model.supervisor.faults import FaultyTransport
 from tdxmig_model.supervisor.options import RunOptions, trace_path
 from tdxmig_model.trace import TraceWriter
@@ -43,8 +48,8 @@ from tdxmig_model.transport import (
     FileReader,
     FileWriter,
     Listener,
+    SocketTransport,
     Transport,
-    connect,
     secure,
 )
 
@@ -62,6 +67,8 @@ def run_source(link: Link, options: RunOptions, place: Place) -> SideReport:
     backend = soft_source(
         options.pages,
         vcpus=options.vcpus,
+        streams=options.streams,
+        workers=options.workers,
         guest=options.guest,
         profile=module_profile(options),
         seed=options.seed,
@@ -72,15 +79,19 @@ def run_source(link: Link, options: RunOptions, place: Place) -> SideReport:
         with closing(_connect_plain(addresses.premigration, options.peer_timeout)) as plain:
             limit = PREMIGRATION_TIMEOUTS * options.peer_timeout
             session_id = _premigrate("source", plain, place, backend, link, limit)
-        transport = _open_stream(addresses.migration, options, place)
+        transport, others = _open_streams(addresses.migration, session_id, options, place)
     except TdxmigError as error:
         return never_began("source", backend, error)
     if options.injected.stream is not None:
         transport = FaultyTransport(transport, options.injected.stream)
-    captured: CapturedTransport | None = None
+    captured: list[CapturedTransport] = []
     if options.capture is not None:
-        transport = captured = CapturedTransport(transport, options.capture)
-    digests: list[tuple[str, tuple[str, ...]]] = []
+        captured = [
+            CapturedTransport(one, options.capture, number)
+            for number, one in enumerate([transport, *others])
+        ]
+        transport, others = captured[0], list(captured[1:])
+    compared = _comparable(backend, options)
 
     with TraceWriter(trace_path(place.traces, "source"), "source", session_id) as trace:
         session = source_session(
@@ -89,9 +100,11 @@ def run_source(link: Link, options: RunOptions, place: Place) -> SideReport:
             trace,
             gpas=backend.page_gpas(),
             vcpus=options.vcpus,
+            streams=options.streams,
+            more_channels=others,
             session_id=session_id,
-            options=session_options(options),
-            hooks=ChildHooks("source", link, options, lambda: digests.append(digests_of(backend))),
+            options=options.session_options(),
+            hooks=ChildHooks("source", link, options, compared.begin),
         )
         report = _run(link, session)
         outcome = report.outcome
@@ -99,30 +112,43 @@ def run_source(link: Link, options: RunOptions, place: Place) -> SideReport:
             report.probes = try_what_is_refused(session)
         report.steps_checked = session.enforcer.steps_checked
     report.trace_failure, report.whole = trace.failure, True
-    if captured is not None and captured.failure is not None:
-        report.outcome.cause = report.outcome.cause or captured.failure
-    if digests:
-        report.memory_digest, report.vcpu_digests = digests[-1]
+    failures = [one.failure for one in captured if one.failure is not None]
+    if failures:
+        report.outcome.cause = report.outcome.cause or failures[0]
+    report.memory_digest, report.vcpu_digests = compared.memory, compared.vcpus
     return report
 
 
-def _open_stream(address: str, options: RunOptions, place: Place) -> Transport:
+def _open_streams(
+    address: str, session_id: bytes, options: RunOptions, place: Place
+) -> tuple[Transport, list[Transport]]:
+    """Channel 0, and those of the further streams."""
     if options.transport == "file":
-        return FileWriter(place.work / STREAM_FILE)
-    plain = connect(address, options.peer_timeout)
-    if options.transport != "tls":
-        return plain
-    limit = options.peer_timeout
-    return secure(plain, place.tls("client"), server=False, peer_name=TLS_NAME, timeout=limit)
+        return FileWriter(place.work / STREAM_FILE), []
+
+    def secured(plain: SocketTransport) -> SocketTransport:
+        if options.transport != "tls":
+            return plain
+        limit = options.peer_timeout
+        return secure(plain, place.tls("client"), server=False, peer_name=TLS_NAME, timeout=limit)
+
+    return connect_channels(address, options.streams, session_id, options.peer_timeout, secured)
 
 
 def run_destination(link: Link, options: RunOptions, place: Place) -> SideReport:
     """The destination: an empty TD is filled, compared, and then runs."""
-    backend = soft_destination(options.pages, vcpus=options.vcpus, profile=module_profile(options))
+    backend = soft_destination(
+        options.pages,
+        vcpus=options.vcpus,
+        streams=options.streams,
+        workers=options.workers,
+        profile=module_profile(options),
+    )
     try:
-        session_id, transport = _accept_source(link, options, place, backend)
+        session_id, transport, others = _accept_source(link, options, place, backend)
     except TdxmigError as error:
         return never_began("destination", backend, error)
+    compared = _comparable(backend, options)
     with TraceWriter(trace_path(place.traces, "destination"), "destination", session_id) as trace:
         session = destination_session(
             backend,
@@ -130,12 +156,16 @@ def run_destination(link: Link, options: RunOptions, place: Place) -> SideReport
             trace,
             pages=options.pages,
             vcpus=options.vcpus,
-            options=session_options(options),
-            hooks=ChildHooks("destination", link, options),
+            streams=options.streams,
+            more_channels=others,
+            options=options.session_options(),
+            hooks=_DestinationHooks(link, options, compared),
         )
         report = _run(link, session)
         if report.outcome.ending is Ending.MIGRATED:
-            report.memory_digest, report.vcpu_digests = digests_of(backend)
+            if not compared.begun:
+                compared.begin()
+            report.memory_digest, report.vcpu_digests = compared.memory, compared.vcpus
             report.guest_instructions = session.run_guest(SLICE)
         report.steps_checked = session.enforcer.steps_checked
     report.trace_failure, report.whole = trace.failure, True
@@ -159,6 +189,26 @@ def destination_session(
     return kind(backend, transport, trace, **arguments)
 
 
+class _DestinationHooks(ChildHooks):
+    """In post-copy memory and vCPUs are compared as they were before the guest went on."""
+
+    def __init__(self, link: Link, options: RunOptions, compared: Digests | PageDigests) -> None:
+        super().__init__("destination", link, options)
+        self._compared = compared
+
+    def committing(self) -> None:
+        self._compared.begin()
+
+    def arrived(self, gpas: Gpas) -> None:
+        if isinstance(self._compared, PageDigests):
+            self._compared.add(gpas)
+
+
+def _comparable(backend: SoftBackend, options: RunOptions) -> Digests | PageDigests:
+    """Digests of the same kind on both sides."""
+    return PageDigests(backend) if options.may_post_copy else Digests(backend)
+
+
 def _run(link: Link, session: Side) -> SideReport:
     """Run the session, and tell how it ended before anything else can go wrong."""
     link.session_began = True
@@ -169,8 +219,8 @@ def _run(link: Link, session: Side) -> SideReport:
 
 def _accept_source(
     link: Link, options: RunOptions, place: Place, backend: SoftBackend
-) -> tuple[bytes, Transport]:
-    """Listen, pre-migrate, and take the source's connection; session id and transport."""
+) -> tuple[bytes, Transport, list[Transport]]:
+    """Listen, pre-migrate, and take the source's connections; session id and channels."""
     with (
         closing(_listen_plain(options, place)) as plain_listener,
         Listener(_migration_address(options, place)) as listener,
@@ -178,8 +228,8 @@ def _accept_source(
         link.tell(Addresses(str(listener.address), plain_listener.getsockname()))
         session_id = _premigrate_with_source(plain_listener, link, options, place, backend)
         if options.transport == "file":
-            return session_id, _await_file(link, options, place)
-        return session_id, _accept_stream(listener, session_id, link, options, place)
+            return session_id, _await_file(link, options, place), []
+        return session_id, *_accept_streams(listener, session_id, link, options, place)
 
 
 def _premigrate_with_source(
@@ -212,12 +262,18 @@ def _await_file(link: Link, options: RunOptions, place: Place) -> FileReader:
         raise PeerLost(f"the source ended and stored nothing: {error}") from error
 
 
-def _accept_stream(
+def _accept_streams(
     listener: Listener, session_id: bytes, link: Link, options: RunOptions, place: Place
-) -> Transport:
-    tls = place.tls("server") if options.transport == "tls" else None
-    return accept_stream(
-        listener, session_id, lambda: _check_source(link, None), options.patience, tls
+) -> tuple[Transport, list[Transport]]:
+    """The connections of this session's channels."""
+    return accept_channels(
+        listener,
+        options.streams,
+        session_id,
+        patience=options.patience,
+        timeout=options.peer_timeout,
+        check=lambda: _check_source(link, None),
+        tls=place.tls("server") if options.transport == "tls" else None,
     )
 
 
@@ -241,17 +297,6 @@ def module_profile(options: RunOptions) -> Profile:
         if profile == options.profile:
             return profile
     raise UsageError(f"profile {options.profile!r}: the module knows {' and '.join(PROFILES)}")
-
-
-def digests_of(backend: SoftBackend) -> tuple[str, tuple[str, ...]]:
-    """Of private memory and of each vCPU."""
-    return backend.memory_digest(), tuple(backend.vcpu_digest())
-
-
-def session_options(options: RunOptions) -> SessionOptions:
-    return SessionOptions(
-        profile=options.profile, batch=options.batch, peer_timeout=options.peer_timeout
-    )
 
 
 # --- what is refused -----------------------------------------------------------------------------

@@ -22,17 +22,16 @@ from tdxmig_model.certificates import load_identity
 from tdxmig_model.errors import PeerError, PeerLost, TdxmigError, UsageError
 from tdxmig_model.premigration import Identity, MigrationKey, Role, Versions, exchange
 from tdxmig_model.session import Ending, Hooks, Progress, Side
-from tdxmig_model.supervisor.accept import accept_stream, readable
+from tdxmig_model.supervisor.channels import accept_channels, readable
 from tdxmig_model.supervisor.child import SideReport
+from tdxmig_model.supervisor.digests import Digests
 from tdxmig_model.supervisor.options import At, RunOptions, trace_path
 from tdxmig_model.supervisor.programs import (
     PREMIGRATION_TIMEOUTS,
     SLICE,
     destination_session,
-    digests_of,
     module_profile,
     never_began,
-    session_options,
     source_session,
     try_what_is_refused,
 )
@@ -178,6 +177,7 @@ def _run_side(
     on_progress: Callable[[Progress], None],
     signals: StopSignals | None,
 ) -> SideRun:
+    _check_offered(options)
     own = StopSignals() if signals is None else None
     with own or nullcontext(), _traces(options.trace_dir) as traces:
         heard = signals or own
@@ -193,6 +193,14 @@ def _run_side(
         verdict = _judge(side, path, report, options, heard)
         kept = path if options.trace_dir is not None and report.session else None
         return SideRun(side, options, meeting, report, verdict, kept, bool(heard.count))
+
+
+def _check_offered(options: RunOptions) -> None:
+    """What only a supervised run has: here nobody tells one side what the other was asked for."""
+    if options.streams > 1:
+        raise UsageError(f"{options.streams} streams: send and receive use one connection")
+    if options.may_post_copy:
+        raise UsageError("post-copy: send and receive move all memory before the start")
 
 
 @contextmanager
@@ -241,6 +249,7 @@ def _send(party: _Party) -> SideReport:
     backend = soft_source(
         options.pages,
         vcpus=options.vcpus,
+        workers=options.workers,
         guest=options.guest,
         profile=module_profile(options),
         seed=options.seed,
@@ -254,7 +263,7 @@ def _send(party: _Party) -> SideReport:
             transport = _connect_stream(party)
     except PeerError as error:
         return never_began("source", backend, error)
-    digests: list[tuple[str, tuple[str, ...]]] = []
+    digests = Digests(backend)
     with party.trace("source", session_id) as trace:
         session = source_session(
             backend,
@@ -263,8 +272,8 @@ def _send(party: _Party) -> SideReport:
             gpas=backend.page_gpas(),
             vcpus=options.vcpus,
             session_id=session_id,
-            options=session_options(options),
-            hooks=_RemoteHooks(party.watch, lambda: digests.append(digests_of(backend))),
+            options=options.session_options(),
+            hooks=_RemoteHooks(party.watch, digests.begin),
         )
         report = _report(session)
         if report.outcome.op_state == "POST_EXPORT":
@@ -273,8 +282,7 @@ def _send(party: _Party) -> SideReport:
             stored.remove_keys()
         report.steps_checked = session.enforcer.steps_checked
     report.trace_failure = trace.failure
-    if digests:
-        report.memory_digest, report.vcpu_digests = digests[-1]
+    report.memory_digest, report.vcpu_digests = digests.memory, digests.vcpus
     return report
 
 
@@ -341,8 +349,14 @@ def _receive(party: _Party) -> SideReport:
     with Listener(meeting.address) as listener:
         try:
             session_id = _premigrate_as_destination(party, backend, listener)
-            found = accept_stream(
-                listener, session_id, party.watch.check, options.patience, meeting.tls
+            found, _ = accept_channels(
+                listener,
+                1,
+                session_id,
+                patience=options.patience,
+                timeout=options.peer_timeout,
+                check=party.watch.check,
+                tls=meeting.tls,
             )
         except PeerError as error:
             return never_began("destination", backend, error)
@@ -350,7 +364,12 @@ def _receive(party: _Party) -> SideReport:
 
 
 def _empty_td(options: RunOptions) -> SoftBackend:
-    return soft_destination(options.pages, vcpus=options.vcpus, profile=module_profile(options))
+    return soft_destination(
+        options.pages,
+        vcpus=options.vcpus,
+        workers=options.workers,
+        profile=module_profile(options),
+    )
 
 
 def _import(
@@ -364,12 +383,14 @@ def _import(
             trace,
             pages=options.pages,
             vcpus=options.vcpus,
-            options=session_options(options),
+            options=options.session_options(),
             hooks=_RemoteHooks(party.watch),
         )
         report = _report(session)
         if report.outcome.ending is Ending.MIGRATED:
-            report.memory_digest, report.vcpu_digests = digests_of(backend)
+            digests = Digests(backend)
+            digests.begin()
+            report.memory_digest, report.vcpu_digests = digests.memory, digests.vcpus
             report.guest_instructions = session.run_guest(SLICE)
         report.steps_checked = session.enforcer.steps_checked
     report.trace_failure = trace.failure

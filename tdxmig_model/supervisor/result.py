@@ -117,6 +117,10 @@ class RunResult:
 
     `ending` is migrated, aborted (one side has the TD, the migration was given up), undecided (the
     start token is out and nothing came back) or lost (the TD is gone with its process).
+
+    `iterations` has the epochs with memory one by one: pages sent, pages left for the next, and how
+    long the TD would have to be paused for those at that speed.  In post-copy `pages_after_start`
+    followed the start token, and the guest waited for `pages_requested` of them.
     """
 
     ok: bool
@@ -131,6 +135,10 @@ class RunResult:
     epochs: int
     bundles: int
     streams: int
+    workers: int
+    iterations: tuple[Mapping[str, object], ...]
+    pages_after_start: int
+    pages_requested: int
     vcpus: int
     downtime_ms: float | None
     total_ms: float | None

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tdxmig_model.engine import Iteration
 from tdxmig_model.errors import TdxmigError, UsageError
 from tdxmig_model.session import Ending, Progress, SideOutcome
 from tdxmig_model.supervisor.child import SideReport
@@ -159,7 +160,11 @@ def _result(watch: Watch, verdict: TraceVerdict, traces: Path) -> RunResult:
         bytes=source.bytes,
         epochs=source.epochs,
         bundles=source.bundles,
-        streams=1,
+        streams=options.streams,
+        workers=options.workers,
+        iterations=tuple(map(_iteration, source.iterations)),
+        pages_after_start=source.pages_after_start,
+        pages_requested=source.pages_requested,
         vcpus=options.vcpus,
         downtime_ms=_milliseconds(source.paused_at, destination.runnable_at),
         total_ms=total,
@@ -179,6 +184,21 @@ def _result(watch: Watch, verdict: TraceVerdict, traces: Path) -> RunResult:
         interrupted=bool(watch.signals.count),
         trace=result_trace,
     )
+
+
+def _iteration(done: Iteration) -> dict[str, object]:
+    """One epoch as JSON values."""
+    speed, expected = done.bytes_per_second, done.expected_downtime
+    return {
+        "epoch": done.epoch,
+        "live": done.live,
+        "pages_sent": done.sent,
+        "pages_left": done.left,
+        "bytes": done.bytes,
+        "ms": round(done.seconds * 1000, 3),
+        "throughput_mib_s": None if speed is None else round(speed / (1 << 20), 1),
+        "expected_downtime_ms": None if expected is None else round(expected * 1000, 3),
+    }
 
 
 def _end(child: Child) -> End:

@@ -6,6 +6,7 @@ from tdxmig_model.transport.capture import CapturedTransport, capture_paths
 from tdxmig_model.transport.faults import Faults, FaultyLine, Span
 from tdxmig_model.transport.file import FileReader, FileWriter
 from tdxmig_model.transport.memory import MemoryTransport, memory_pair
+from tdxmig_model.transport.queued import QueuedReceiver, QueuedSender
 from tdxmig_model.transport.socket import Listener, SocketTransport, connect
 from tdxmig_model.transport.tls import TlsFiles, TlsTransport, secure
 
@@ -19,6 +20,8 @@ __all__ = [
     "FileWriter",
     "Listener",
     "MemoryTransport",
+    "QueuedReceiver",
+    "QueuedSender",
     "SocketTransport",
     "Span",
     "TlsFiles",

@@ -6,7 +6,8 @@ import or an export failed.  These messages add that.  All numbers are big-endia
     return path    be16 type, be16 length, payload               (QEMU's return-path framing)
     forward path   0x54, be16 type, be16 length, payload
 
-HELLO opens both directions; nothing else here is sent to a peer that did not send one.
+HELLO opens both directions; nothing else here is sent to a peer that did not send one.  CHANNEL
+opens each further connection of a source that was told to use several.
 specs/extensions.md has the layout tables and says what a peer without them does.
 """
 
@@ -32,11 +33,17 @@ DIGEST_SIZE: Final = 32
 MAX_REASON_SIZE: Final = 1024
 """Bytes of UTF-8 in the reason of FAILED and SOURCE_ABORT."""
 
+MAX_REQUESTED_PAGES: Final = 512
+"""GPAs in one PAGE_REQUEST."""
+
 MAX_PAGES: Final = 1 << (ADDRESS_BITS - 12)
 MAX_VCPUS: Final = 0xFFFF
 
 _FRAME: Final = struct.Struct(">HH")
 _HELLO: Final = struct.Struct(">HHIQII16s")
+_CHANNEL: Final = struct.Struct(">H16s")
+_GPA_SIZE: Final = 8
+_UNUSABLE_GPA: Final = 0xFFF | ((1 << 64) - (1 << ADDRESS_BITS))
 
 
 class MessageType(IntEnum):
@@ -49,6 +56,8 @@ class MessageType(IntEnum):
     FAILED = 0x5405
     SOURCE_ABORT = 0x5406
     IN_ORDER_DONE = 0x5407
+    CHANNEL = 0x5408
+    PAGE_REQUEST = 0x5409
 
 
 class Capability(IntFlag):
@@ -63,7 +72,7 @@ class Capability(IntFlag):
     SOURCE_ABORT = 8
     """SOURCE_ABORT on the forward path."""
     POST_COPY = 16
-    """Memory records after the start token."""
+    """Memory records after the start token, and PAGE_REQUEST on the return path."""
     IN_ORDER_DONE = 32
     """IN_ORDER_DONE on the return path, before the start token."""
 
@@ -123,12 +132,32 @@ class SourceAbort:
     reason: str
 
 
-ReturnMessage: TypeAlias = Hello | SessionStarted | InOrderDone | AbortToken | Committed | Failed
+@dataclass(frozen=True, slots=True)
+class ChannelOpen:
+    """First message of each connection after the first: the session, and which channel it is
+    (1 to 510; the first connection is channel 0)."""
+
+    channel: int
+    session_id: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PageRequest:
+    """Pages that the guest waits for at the destination: 1 to 512 GPAs."""
+
+    gpas: tuple[int, ...]
+
+
+ReturnMessage: TypeAlias = (
+    Hello | SessionStarted | InOrderDone | AbortToken | Committed | Failed | PageRequest
+)
 Message: TypeAlias = ReturnMessage | SourceAbort
 ForwardMessage: TypeAlias = Hello | SourceAbort
 
 FORWARD_TYPES: Final = frozenset({MessageType.HELLO, MessageType.SOURCE_ABORT})
-RETURN_TYPES: Final = frozenset(MessageType) - {MessageType.SOURCE_ABORT}
+RETURN_TYPES: Final = frozenset(MessageType) - {MessageType.SOURCE_ABORT, MessageType.CHANNEL}
+CHANNEL_OPEN_SIZE: Final = 1 + _FRAME.size + _CHANNEL.size
+"""Bytes of a `ChannelOpen` with its mark."""
 
 _LENGTHS: Final = {
     MessageType.HELLO: (_HELLO.size, _HELLO.size),
@@ -138,6 +167,7 @@ _LENGTHS: Final = {
     MessageType.FAILED: (0, MAX_REASON_SIZE),
     MessageType.SOURCE_ABORT: (0, MAX_REASON_SIZE),
     MessageType.IN_ORDER_DONE: (0, 0),
+    MessageType.PAGE_REQUEST: (_GPA_SIZE, MAX_REQUESTED_PAGES * _GPA_SIZE),
 }
 
 
@@ -160,6 +190,34 @@ def encode_forward(message: ForwardMessage) -> bytes:
 def encode_return(message: ReturnMessage) -> bytes:
     """A message for the return path.  Raises WireError when it does not belong there."""
     return _encode(message, RETURN_TYPES)
+
+
+def encode_channel(opening: ChannelOpen) -> bytes:
+    """How a further connection begins.  Raises WireError on another number or session id."""
+    _check_channel(opening, 0)
+    payload = _CHANNEL.pack(opening.channel, opening.session_id)
+    return bytes((EXTENSION_MARK,)) + _FRAME.pack(MessageType.CHANNEL, len(payload)) + payload
+
+
+def decode_channel(data: bytes) -> ChannelOpen:
+    """Decode the first `CHANNEL_OPEN_SIZE` bytes of a further connection.  Raises WireError."""
+    if len(data) != CHANNEL_OPEN_SIZE:
+        raise fault("CHANNEL", 0, "length", f"{len(data)} bytes", f"{CHANNEL_OPEN_SIZE} bytes")
+    head = bytes((EXTENSION_MARK,)) + _FRAME.pack(MessageType.CHANNEL, _CHANNEL.size)
+    if data[: len(head)] != head:
+        raise fault("CHANNEL", 0, "head", data[: len(head)].hex(), head.hex())
+    opening = ChannelOpen(*_CHANNEL.unpack(data[len(head) :]))
+    _check_channel(opening, len(head))
+    return opening
+
+
+def _check_channel(opening: ChannelOpen, at: int) -> None:
+    if not 1 <= opening.channel < MAX_FORWARD_STREAMS:
+        bound = f"1 to {MAX_FORWARD_STREAMS - 1}"
+        raise fault("CHANNEL", at, "channel", opening.channel, bound)
+    if len(opening.session_id) != SESSION_ID_SIZE:
+        length = f"{len(opening.session_id)} bytes"
+        raise fault("CHANNEL", at + 2, "session_id", length, f"{SESSION_ID_SIZE} bytes")
 
 
 class ReturnPathParser(IncrementalParser[ReturnMessage]):
@@ -222,6 +280,9 @@ def _payload(message: Message) -> tuple[MessageType, bytes]:
             return MessageType.FAILED, printable_reason(reason).encode()
         case SourceAbort(reason):
             return MessageType.SOURCE_ABORT, printable_reason(reason).encode()
+        case PageRequest(gpas):
+            _check_request(gpas, 0)
+            return MessageType.PAGE_REQUEST, struct.pack(f">{len(gpas)}Q", *gpas)
     raise fault("message", 0, "type", type(message).__name__, "a message of this module")
 
 
@@ -257,6 +318,23 @@ def _check_hello(hello: Hello, at: int) -> None:
         raise fault("HELLO", at + 24, "session_id", f"{length} bytes", f"{SESSION_ID_SIZE} bytes")
 
 
+def _check_request(gpas: tuple[int, ...], at: int) -> None:
+    if not 1 <= len(gpas) <= MAX_REQUESTED_PAGES:
+        raise fault("PAGE_REQUEST", at, "pages", len(gpas), f"1 to {MAX_REQUESTED_PAGES}")
+    for index, gpa in enumerate(gpas):
+        if gpa & _UNUSABLE_GPA or gpa < 0:
+            bound = f"4 KiB aligned, below 2**{ADDRESS_BITS}"
+            raise fault("PAGE_REQUEST", at + _GPA_SIZE * index, "gpa", hex(gpa), bound)
+
+
+def _decode_request(payload: bytes, at: int) -> PageRequest:
+    if len(payload) % _GPA_SIZE:
+        raise fault("PAGE_REQUEST", at - 2, "length", len(payload), f"a multiple of {_GPA_SIZE}")
+    gpas = struct.unpack(f">{len(payload) // _GPA_SIZE}Q", payload)
+    _check_request(gpas, at)
+    return PageRequest(gpas)
+
+
 def _check_digest(digest: bytes, at: int) -> None:
     if len(digest) not in (0, DIGEST_SIZE):
         length = f"{len(digest)} bytes"
@@ -284,6 +362,10 @@ def _decode(message_type: MessageType, payload: bytes, at: int) -> Message:
             return Failed(_decode_reason("FAILED", payload, at))
         case MessageType.SOURCE_ABORT:
             return SourceAbort(_decode_reason("SOURCE_ABORT", payload, at))
+        case MessageType.PAGE_REQUEST:
+            return _decode_request(payload, at)
+        case MessageType.CHANNEL:  # it opens a connection and is no message of a path
+            raise fault("message", at, "type", hex(message_type), "a message of this path")
 
 
 def _decode_hello(payload: bytes, at: int) -> Hello:

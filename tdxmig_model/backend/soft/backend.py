@@ -498,13 +498,14 @@ def soft_source(
     *,
     vcpus: int = 1,
     streams: int = 1,
+    workers: int = 0,
     guest: str = "hot-set",
     profile: Profile = "hardened",
     seed: int = 1,
     write_rate: float = 1.0,
 ) -> SoftBackend:
     """A RUNNABLE TD of `pages` private pages on a host of its own."""
-    host = Host(profile=profile, memory_bytes=pages * PAGE_SIZE, shared_bytes=_shared(streams))
+    host = _host(pages, streams, workers, profile)
     td = host.create_td(
         pages, vcpus=vcpus, streams=streams, guest=guest, seed=seed, write_rate=write_rate
     )
@@ -512,15 +513,22 @@ def soft_source(
 
 
 def soft_destination(
-    pages: int, *, vcpus: int = 1, streams: int = 1, profile: Profile = "hardened"
+    pages: int,
+    *,
+    vcpus: int = 1,
+    streams: int = 1,
+    workers: int = 0,
+    profile: Profile = "hardened",
 ) -> SoftBackend:
     """A TD that waits for its immutable state, on a host with room for `pages` private pages."""
-    host = Host(profile=profile, memory_bytes=pages * PAGE_SIZE, shared_bytes=_shared(streams))
+    host = _host(pages, streams, workers, profile)
     backend = SoftBackend(host, host.create_destination_td(vcpus=vcpus, streams=streams))
     host.memory.prefault(host.memory.tdmr_base, pages)
     return backend
 
 
-def _shared(streams: int) -> int:
-    """Shared memory for that many streams' buffers, and staging."""
-    return (streams + 2) * (MAX_ENTRIES + 16) * PAGE_SIZE
+def _host(pages: int, streams: int, workers: int, profile: Profile) -> Host:
+    """A host with shared memory for that many streams' buffers, and staging."""
+    shared = (streams + 2) * (MAX_ENTRIES + 16) * PAGE_SIZE
+    memory = pages * PAGE_SIZE
+    return Host(profile=profile, memory_bytes=memory, shared_bytes=shared, workers=workers)
