@@ -222,7 +222,10 @@ class Twin:
         for row in _EFFECTS:
             if not self.enabled(row, values):
                 continue
-            self._take(row, values)
+            try:
+                self._take(row, values)
+            except IndexError:
+                continue  # no room for one more entry, so it was not that
             if not self.differences():
                 return row
             self.state = before

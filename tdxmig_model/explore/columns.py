@@ -104,7 +104,10 @@ class Columns:
         return [(self._place(target, assign.keys), self.value(assign.value))]
 
     def _place(self, target: MapVariable, keys: Sequence[Node]) -> int | Places:
-        known = self.writer.position(target, keys)
+        try:
+            known = self.writer.position(target, keys)
+        except IndexError:
+            return self.writer.base[target.name]  # the value is never used
         if known is not None:
             return known
         sizes = [self.writer.instance.bounded(k) for k in target.indexes]
