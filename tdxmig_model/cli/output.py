@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -42,6 +42,14 @@ def json_option(function: Decorated) -> Decorated:
         is_flag=True,
         help="Print one JSON object on stdout and nothing else there.",
     )(function)
+
+
+def emit_summary(rows: Sequence[tuple[str, str]], sentence: str) -> None:
+    """Print what came out, a row each, and what it means."""
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        click.echo(f"{click.style(name.ljust(width), bold=True)}  {value}")
+    click.echo(sentence)
 
 
 def emit_json(value: Mapping[str, object]) -> None:

@@ -203,7 +203,7 @@ def command(ctx: click.Context, /, as_json: bool, **chosen: Any) -> None:
         if as_json:
             output.emit_json(result.as_json())
         else:
-            _print_summary(result)
+            output.emit_summary(_summary(result), result.sentence)
     ctx.exit(130 if result.interrupted else 0 if result.ok else 1)
 
 
@@ -249,14 +249,6 @@ class _Lines:
         if side not in self._tasks:
             self._tasks[side] = self._bars.add_task(side, total=progress.total, **fields)
         self._bars.update(self._tasks[side], completed=progress.total - left, **fields)
-
-
-def _print_summary(result: RunResult) -> None:
-    rows = _summary(result)
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        click.echo(f"{click.style(name.ljust(width), bold=True)}  {value}")
-    click.echo(result.sentence)
 
 
 def _summary(result: RunResult) -> list[tuple[str, str]]:

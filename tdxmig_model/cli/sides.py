@@ -129,16 +129,8 @@ def run_side(
         if as_json:
             output.emit_json(result.as_json())
         else:
-            _print_summary(result)
+            output.emit_summary(_summary(result), result.sentence)
     ctx.exit(130 if result.interrupted else 0 if result.ok else 1)
-
-
-def _print_summary(result: SideResult) -> None:
-    rows = _summary(result)
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        click.echo(f"{click.style(name.ljust(width), bold=True)}  {value}")
-    click.echo(result.sentence)
 
 
 def _summary(result: SideResult) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@ or one actor after the other."""
 
 from tdxmig_model.explore.directed import Directed, directed
 from tdxmig_model.explore.phases import Phased, box_of, in_phases
-from tdxmig_model.explore.search import Exploration, Graph, TraceStep, explore, graph
+from tdxmig_model.explore.search import Exploration, Graph, TraceStep, explore, graph, moves_of
 
 __all__ = [
     "Directed",
@@ -16,4 +16,5 @@ __all__ = [
     "explore",
     "graph",
     "in_phases",
+    "moves_of",
 ]

@@ -38,6 +38,11 @@ class TraceStep:
 Trace = tuple[TraceStep, ...]
 
 
+def moves_of(trace: Trace) -> list[tuple[str, Mapping[str, Value]]]:
+    """The trace as moves that can be replayed."""
+    return [(s.step, s.params) for s in trace]
+
+
 @dataclass(frozen=True, slots=True)
 class Exploration:
     """What a search saw.

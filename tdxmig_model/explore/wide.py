@@ -109,7 +109,7 @@ class Wide:
         self.keys: Hashes = chance.integers(0, 2**64, self.writer.width, np.uint64) | np.uint64(1)
         self.seen = HashSet()
         self.count = 0
-        self._found: list[Layer] = []
+        self._found: list[tuple[Places, NDArray[np.int16]]] = []
 
     def first(self) -> Layer:
         """The initial state."""
@@ -130,8 +130,8 @@ class Wide:
 
     def way(self, number: int) -> tuple[Trace, int]:
         """How a state was found, and from which root: -1 - its parent."""
-        parents = np.concatenate([f.parents for f in self._found])
-        labels = np.concatenate([f.labels for f in self._found])
+        parents = np.concatenate([parents for parents, _ in self._found])
+        labels = np.concatenate([labels for _, labels in self._found])
         steps = []
         while parents[number] >= 0:
             label = self.labels[labels[number]]
@@ -142,8 +142,7 @@ class Wide:
     def _numbered(self, layer: Layer) -> Layer:
         numbered = replace(layer, start=self.count)
         self.count += layer.size
-        nothing = np.zeros((0, layer.size), np.int8)
-        self._found.append(replace(numbered, matrix=nothing, hashes=np.zeros(0, np.uint64)))
+        self._found.append((layer.parents, layer.labels))
         return numbered
 
     def hashed(self, matrix: Bytes, cells: Iterable[int] | None = None) -> Hashes:

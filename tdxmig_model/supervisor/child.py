@@ -12,7 +12,7 @@ import queue
 import signal
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -93,6 +93,11 @@ class Probe:
     refused_by_enforcer: bool
     status_name: str
     refused_by_module: bool
+
+
+def all_refused(probes: Sequence[Probe]) -> bool:
+    """Whether something was tried, and the enforcer and the module refused all of it."""
+    return bool(probes) and all(p.refused_by_enforcer and p.refused_by_module for p in probes)
 
 
 @dataclass(slots=True)

@@ -17,6 +17,10 @@ class TraceVerdict:
     steps: int = 0
     reason: str = ""
 
+    def as_json(self) -> dict[str, object]:
+        """Plain JSON values."""
+        return asdict(self)
+
 
 @dataclass(frozen=True, slots=True)
 class End:

@@ -10,7 +10,7 @@ from pathlib import Path
 from tdxmig_model.engine import Iteration
 from tdxmig_model.errors import TdxmigError, UsageError
 from tdxmig_model.session import Ending, Progress, SideOutcome
-from tdxmig_model.supervisor.child import SideReport
+from tdxmig_model.supervisor.child import SideReport, all_refused
 from tdxmig_model.supervisor.options import RunOptions, trace_path
 from tdxmig_model.supervisor.parent import Child, Watch, run_children, work_directory
 from tdxmig_model.supervisor.result import (
@@ -139,10 +139,7 @@ def _result(watch: Watch, verdict: TraceVerdict, traces: Path) -> RunResult:
     differs = _differs(both)
     sentence += f" But {differs}." if differs else ""
     result_trace: dict[str, object] = {
-        "judged": verdict.judged,
-        "accepted": verdict.accepted,
-        "steps": verdict.steps,
-        "reason": verdict.reason,
+        **verdict.as_json(),
         **{
             side: str(trace_path(traces, side)) if options.trace_dir is not None else None
             for side in children
@@ -219,8 +216,7 @@ def _as_asked(both: _Both, ends: dict[str, End], options: RunOptions, migrated: 
         and runnable == ["destination"]
         and both.memory_equal is True
         and both.vcpus_equal is True
-        and bool(probes)
-        and all(probe.refused_by_enforcer and probe.refused_by_module for probe in probes)
+        and all_refused(probes)
         and bool(both.destination and both.destination.guest_instructions)
     )
 

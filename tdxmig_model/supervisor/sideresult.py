@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 from tdxmig_model.session import Ending
-from tdxmig_model.supervisor.child import Probe
+from tdxmig_model.supervisor.child import Probe, all_refused
 from tdxmig_model.supervisor.remote import SideRun
 
 
@@ -92,10 +92,7 @@ def side_result(run: SideRun) -> SideResult:
         steps_checked=run.report.steps_checked,
         interrupted=run.interrupted,
         trace={
-            "judged": verdict.judged,
-            "accepted": verdict.accepted,
-            "steps": verdict.steps,
-            "reason": verdict.reason,
+            **verdict.as_json(),
             "path": None if run.trace is None else str(run.trace),
         },
     )
@@ -111,8 +108,7 @@ def _as_asked(run: SideRun) -> bool:
         ran = outcome.runnable and run.report.guest_instructions > 0
         return ran and outcome.ending is Ending.MIGRATED
     gone = outcome.ending in (Ending.MIGRATED, Ending.STORED) and not outcome.runnable
-    refused = all(probe.refused_by_enforcer and probe.refused_by_module for probe in probes)
-    return gone and bool(probes) and refused
+    return gone and all_refused(probes)
 
 
 def _downtime(run: SideRun) -> float | None:

@@ -27,7 +27,8 @@ from types import TracebackType
 from typing import Literal
 
 from tdxmig_model.errors import UsageError
-from tdxmig_model.explore import Exploration, box_of, directed, explore, in_phases
+from tdxmig_model.explore import Exploration, box_of, directed, explore, in_phases, moves_of
+from tdxmig_model.explore.search import Trace
 from tdxmig_model.expr import Instance, Interpreter, Node, Property, System, not_
 from tdxmig_model.model.words import PUBLIC_REPAIRS, TDX_1_5_01
 from tdxmig_model.pool import pool
@@ -194,8 +195,12 @@ def as_run(
 ) -> Run:
     """A trace of the explicit search, replayed."""
     trace = exploration.violations.get(name) or exploration.reached.get(name) or ()
-    moves = [(s.step, s.params) for s in trace]
-    return replay(system, instance, moves, wanted)
+    return replay(system, instance, moves_of(trace), wanted)
+
+
+def _short_run(system: System, instance: Instance, trace: Trace, wanted: Node) -> Run:
+    """A trace of a search that does not look for the shortest one, replayed and shortened."""
+    return shortened(system, replay(system, instance, moves_of(trace), wanted), wanted)
 
 
 def direct(
@@ -205,8 +210,7 @@ def direct(
     found = directed(system, instance, formula, ceiling=ceiling(instance), limit=limit)
     if found.trace is None:
         return None
-    moves = [(s.step, s.params) for s in found.trace]
-    return shortened(system, replay(system, instance, moves, formula), formula)
+    return _short_run(system, instance, found.trace, formula)
 
 
 @lru_cache(maxsize=8)
@@ -242,8 +246,7 @@ def phased(
             limit=limit,
         )
         if found.trace is not None:
-            moves = [(s.step, s.params) for s in found.trace]
-            return shortened(system, replay(system, instance, moves, formula), formula)
+            return _short_run(system, instance, found.trace, formula)
     return None
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from tdxmig_model.errors import UsageError
-from tdxmig_model.explore import Graph, graph
+from tdxmig_model.explore import Graph, graph, moves_of
 from tdxmig_model.expr import Need, Node, System, any_of
 from tdxmig_model.model.paths import PATHS, Path
 from tdxmig_model.model.words import REPAIRS, TDX_1_5_01, with_only
@@ -92,7 +92,7 @@ def judge_path(
     if stuck is None:
         return row("exhausted", method)
     trace = seen.trace(stuck.state)
-    run = replay(part, instance, [(s.step, s.params) for s in trace])
+    run = replay(part, instance, moves_of(trace))
     found = row("violated", f"{stuck.reason}, of {method}", len(trace))
     return replace(found, story=tell(part, run), detail=stuck.reason)
 

@@ -15,7 +15,7 @@ from functools import partial
 from typing import Literal
 
 from tdxmig_model.errors import UsageError
-from tdxmig_model.explore import explore
+from tdxmig_model.explore import explore, moves_of
 from tdxmig_model.expr import Instance, Interpreter, Node, Property, System, any_of, not_
 from tdxmig_model.pool import pool
 from tdxmig_model.smt.bounded import inside, search
@@ -353,8 +353,7 @@ class _Hunt:
         )
         self.complete = not seen.truncated
         if seen.trace is not None:
-            moves = [(s.step, s.params) for s in seen.trace]
-            return replay(self.mutant, instance, moves, formula)
+            return replay(self.mutant, instance, moves_of(seen.trace), formula)
         whole = "the first" if seen.truncated else "all"
         self.visited[f"{whole} {seen.states} states"] = None
         return None
